@@ -43,7 +43,7 @@ func Parse(cmdline string) Args {
 		"mosimg.image": &a.Image, "mosimg.role": &a.Role, "mosimg.interface": &a.Interface,
 		"mosimg.address": &a.Address, "mosimg.state": &a.State,
 	}
-	for _, w := range strings.Fields(cmdline) {
+	for w := range strings.FieldsSeq(cmdline) {
 		key, value, _ := strings.Cut(w, "=")
 		switch {
 		case key == "mosimg.debug":

@@ -122,16 +122,20 @@ func (r *Remote) As(target any) bool {
 
 // Reply writes v as JSON with status 200.
 func Reply(w http.ResponseWriter, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(v)
+	writeJSON(w, http.StatusOK, v)
 }
 
 // Fail writes err as a Problem.
 func Fail(w http.ResponseWriter, err error) {
 	k := fault.KindOf(err)
+	writeJSON(w, k.HTTPStatus(), api.Problem{Kind: int(k), Error: err.Error()})
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(k.HTTPStatus())
-	json.NewEncoder(w).Encode(api.Problem{Kind: int(k), Error: err.Error()})
+	w.WriteHeader(status)
+	// A client that hung up cannot be told so.
+	_ = json.NewEncoder(w).Encode(v)
 }
 
 // ReadJSON decodes a request's body into v; errors are of kind Usage.
