@@ -97,6 +97,11 @@ Called by a tool's name, it is that tool.`,
 	})
 	for _, verb := range []func(*Env) *cobra.Command{
 		newInitCmd,
+		newNetCmd,
+		newLabportCmd,
+		newPowerCmd("reboot", "Leave the cluster and restart this machine"),
+		newPowerCmd("poweroff", "Leave the cluster and switch this machine off"),
+		newPowerCmd("halt", "Leave the cluster and halt this machine"),
 	} {
 		root.AddCommand(verb(env))
 	}
