@@ -5,6 +5,7 @@ package mosimg
 import (
 	_ "github.com/ProtonMail/go-crypto/openpgp"
 	_ "github.com/ProtonMail/go-crypto/openpgp/clearsign"
+	_ "github.com/checkpoint-restore/go-criu/v7/rpc"
 	_ "github.com/google/go-cmp/cmp"
 	_ "github.com/hashicorp/memberlist"
 	_ "github.com/insomniacslk/dhcp/dhcpv4"
@@ -23,4 +24,5 @@ import (
 	_ "go.yaml.in/yaml/v3"
 	_ "golang.org/x/net/ipv4"
 	_ "golang.org/x/sys/unix"
+	_ "google.golang.org/protobuf/proto"
 )
