@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -147,14 +148,17 @@ func must(t testing.TB, err error) {
 func (w *World) clean() {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	groups, _ := filepath.Glob(filepath.Join(w.cgroup, "*", "*"))
-	more, _ := filepath.Glob(filepath.Join(w.cgroup, "*"))
-	for _, g := range append(groups, more...) {
-		if fi, err := os.Stat(g); err == nil && fi.IsDir() {
-			w.T.Errorf("left behind: control group %s", strings.TrimPrefix(g, w.cgroup))
-			if err := cgroup.Remove(ctx, g); err != nil {
-				w.T.Error(err)
-			}
+	var groups []string
+	filepath.WalkDir(w.cgroup, func(path string, d fs.DirEntry, err error) error { //nolint:errcheck // none is there after most tests
+		if err == nil && d.IsDir() && path != w.cgroup {
+			groups = append([]string{path}, groups...) // the inner ones first
+		}
+		return nil
+	})
+	for _, g := range groups {
+		w.T.Errorf("left behind: control group %s", strings.TrimPrefix(g, w.cgroup))
+		if err := cgroup.Remove(ctx, g); err != nil {
+			w.T.Error(err)
 		}
 	}
 	if _, err := os.Stat(w.cgroup); err == nil {
@@ -185,6 +189,17 @@ func (w *World) View() control.Root {
 	w.views++
 	return control.Root{Dir: dir, Guest: true}
 }
+
+// Run makes a folder in memory, for an agent.
+func (w *World) Run(name string) string {
+	w.T.Helper()
+	dir := filepath.Join(w.tmp, "run", name)
+	must(w.T, os.MkdirAll(dir, 0o700))
+	return dir
+}
+
+// Cgroup names a control group for an agent's capsules.
+func (w *World) Cgroup(name string) string { return filepath.Join(w.cgroup, name) }
 
 // Home is the root of a job at home.
 func (w *World) Home() control.Root { return control.Root{Dir: "/"} }

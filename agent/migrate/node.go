@@ -1,0 +1,393 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"mosimg/agent/capsule"
+	"mosimg/agent/capsule/control"
+	"mosimg/agent/pages"
+	"mosimg/internal/api"
+	"mosimg/internal/fault"
+)
+
+// Roots gives the tree that a job sees on this node: at home a bind of its
+// own, elsewhere the home files.
+type Roots interface {
+	// Open makes the tree for a copy of a job; release lets it go, after the copy.
+	Open(ctx context.Context, home api.NodeID, job JobID, epoch uint64) (root control.Root, release func(), err error)
+}
+
+// NodeConfig is what a Node needs.
+type NodeConfig struct {
+	Self    api.NodeID
+	Dir     string // in memory: capsules, images, journal
+	Cgroup  string // group for the capsules' groups
+	CRIU    control.CRIU
+	Pages   pages.Protocol // that CRIU speaks
+	Version string         // of all that must be alike on both sides of a move
+	Roots   Roots
+	// Dial connects to another node's Serve.
+	Dial func(ctx context.Context, node api.NodeID) (net.Conn, error)
+	// Judge asks a home about a copy.
+	Judge Judge
+	// Ended is told the end of a copy that ran here. It is told again after a
+	// restart, until the home has had the copy discarded.
+	Ended func(home api.NodeID, job JobID, c Placement, end End)
+	// Memory is how many bytes a job that comes may need; nil is what the kernel calls available.
+	Memory func() (int64, error)
+	// Exe is the program that runs as shim: see capsule.Config.
+	Exe string
+	Log *slog.Logger // nil is silent
+}
+
+// Node does on one node what homes order. It remembers its copies in a
+// journal in memory, and so survives the agent; the machine's end is theirs too.
+type Node struct {
+	conf    NodeConfig
+	log     *slog.Logger
+	journal *Journal[copyRecord]
+
+	mu     sync.Mutex // guards the following
+	copies map[copyKey]*jobCopy
+}
+
+type copyKey struct {
+	job   JobID
+	epoch uint64
+}
+
+// copyRecord is what is journalled about a copy.
+type copyRecord struct {
+	Job     JobID
+	Home    api.NodeID
+	Epoch   uint64
+	Phase   phase
+	Capsule string     // its name; that of the epoch in which it was made
+	Source  api.NodeID `json:",omitempty"` // who may send its pages
+	End     *End       `json:",omitempty"`
+}
+
+// jobCopy is one copy of a job on this node.
+type jobCopy struct {
+	turn sync.Mutex // held by who works on the copy
+	c    *capsule.Capsule
+
+	mu      sync.Mutex // guards the following
+	rec     copyRecord
+	release func()             // of the root; nil for a copy of an earlier agent
+	cancel  context.CancelFunc // of a Freeze or Restore under way
+}
+
+// OpenNode takes over what an earlier agent left in conf.Dir. Settle then
+// brings it in order.
+func OpenNode(conf NodeConfig) (*Node, error) {
+	n := &Node{conf: conf, log: conf.Log, copies: make(map[copyKey]*jobCopy)}
+	if n.log == nil {
+		n.log = slog.New(slog.DiscardHandler)
+	}
+	var err error
+	if n.journal, err = OpenJournal[copyRecord](filepath.Join(conf.Dir, "journal")); err != nil {
+		return nil, fault.New(fault.Environment, "open", "the journal of copies", err, "")
+	}
+	all, err := n.journal.All()
+	if err != nil {
+		return nil, fault.New(fault.Environment, "read", "the journal of copies", err, "")
+	}
+	for _, rec := range all {
+		cp := &jobCopy{rec: rec, c: capsule.Attach(rec.Capsule, n.capsuleDir(rec.Capsule), n.capsuleGroup(rec.Capsule))}
+		n.copies[copyKey{rec.Job, rec.Epoch}] = cp
+		if rec.Phase == running {
+			go n.watch(cp)
+		}
+	}
+	return n, nil
+}
+
+func capsuleName(job JobID, epoch uint64) string { return fmt.Sprintf("%s.%d", job, epoch) }
+
+func (n *Node) capsuleDir(name string) string { return filepath.Join(n.conf.Dir, "capsules", name) }
+
+func (n *Node) capsuleGroup(name string) string { return filepath.Join(n.conf.Cgroup, name) }
+
+func (n *Node) imagesDir(name string) string { return filepath.Join(n.conf.Dir, "images", name) }
+
+// find gives a copy and its turn; the caller unlocks turn.
+func (n *Node) find(job JobID, epoch uint64) *jobCopy {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.copies[copyKey{job, epoch}]
+}
+
+// note journals a copy's phase, before or after the act as the caller says.
+func (n *Node) note(cp *jobCopy, f func(*copyRecord)) error {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	rec := cp.rec
+	f(&rec)
+	if err := n.journal.Put(capsuleName(rec.Job, rec.Epoch), rec); err != nil {
+		return fault.New(fault.Environment, "journal", "copy of job "+string(rec.Job), err, "is there memory left for "+n.conf.Dir+"?")
+	}
+	cp.rec = rec
+	return nil
+}
+
+func (cp *jobCopy) record() copyRecord {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	return cp.rec
+}
+
+// create makes a copy with an empty capsule.
+func (n *Node) create(ctx context.Context, home api.NodeID, job JobID, epoch uint64) (*jobCopy, error) {
+	name := capsuleName(job, epoch)
+	if err := job.check(); err != nil {
+		return nil, err
+	}
+	root, release, err := n.conf.Roots.Open(ctx, home, job, epoch)
+	if err != nil {
+		return nil, err
+	}
+	c, err := capsule.Start(ctx, capsule.Config{Exe: n.conf.Exe, Config: control.Config{
+		ID: name, Dir: n.capsuleDir(name), Cgroup: n.capsuleGroup(name), Root: root, CRIU: n.conf.CRIU,
+	}})
+	if err != nil {
+		release()
+		return nil, err
+	}
+	cp := &jobCopy{c: c, release: release, rec: copyRecord{Job: job, Home: home, Epoch: epoch, Capsule: name}}
+	n.mu.Lock()
+	n.copies[copyKey{job, epoch}] = cp
+	n.mu.Unlock()
+	return cp, nil
+}
+
+// Start starts a job in its first epoch. The error wraps the errno when
+// the program cannot be run.
+func (n *Node) Start(ctx context.Context, home api.NodeID, job JobID, spec control.Spec) error {
+	if n.find(job, 1) != nil {
+		return fault.New(fault.Refused, "start", "job "+string(job), "there is one of this name", "")
+	}
+	cp, err := n.create(ctx, home, job, 1)
+	if err != nil {
+		return err
+	}
+	cp.turn.Lock()
+	defer cp.turn.Unlock()
+	// Journalled first: after a crash in between, Settle finds an empty capsule and
+	// a home that knows of no such job.
+	if err = n.note(cp, func(r *copyRecord) { r.Phase = prepared }); err == nil {
+		_, err = cp.c.Run(ctx, spec)
+	}
+	if err == nil {
+		err = n.note(cp, func(r *copyRecord) { r.Phase = running })
+	}
+	if err != nil {
+		return errors.Join(err, n.remove(ctx, cp))
+	}
+	go n.watch(cp)
+	return nil
+}
+
+// Capsule is that of a copy, for its streams and signals.
+func (n *Node) Capsule(job JobID, epoch uint64) (*capsule.Capsule, error) {
+	if cp := n.find(job, epoch); cp != nil {
+		return cp.c, nil
+	}
+	return nil, fault.New(fault.NotFound, "find", fmt.Sprintf("epoch %d of job %s", epoch, job), "it is not on this node", "")
+}
+
+// remove removes a copy and all that belongs to it; turn is held.
+func (n *Node) remove(ctx context.Context, cp *jobCopy) error {
+	rec := cp.record()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepTime)
+	defer cancel()
+	if err := cp.c.Remove(ctx); err != nil {
+		return fault.New(fault.Environment, "remove", "capsule "+rec.Capsule, err, "")
+	}
+	if err := os.RemoveAll(n.imagesDir(rec.Capsule)); err != nil {
+		return err
+	}
+	if err := n.journal.Delete(capsuleName(rec.Job, rec.Epoch)); err != nil {
+		return err
+	}
+	if cp.release != nil {
+		cp.release()
+	}
+	n.mu.Lock()
+	delete(n.copies, copyKey{rec.Job, rec.Epoch})
+	n.mu.Unlock()
+	return nil
+}
+
+// watch waits for the end of a copy that runs here.
+func (n *Node) watch(cp *jobCopy) {
+	st, err := cp.c.Wait(context.Background())
+	switch {
+	case err == nil && st.State == control.Ended:
+		n.noteEnd(cp, End{Exit: st.Exit, Signal: st.Signal})
+	case errors.Is(err, capsule.ErrNoShim):
+		n.settleCopy(context.Background(), cp) //nolint:errcheck // tried again by Settle
+	}
+}
+
+// noteEnd journals the end of a copy and tells its home.
+func (n *Node) noteEnd(cp *jobCopy, end End) {
+	if err := n.note(cp, func(r *copyRecord) { r.Phase, r.End = ended, &end }); err != nil {
+		n.log.Error("cannot journal a job's end", "err", err)
+		return
+	}
+	n.tellEnd(cp.record())
+}
+
+func (n *Node) tellEnd(rec copyRecord) {
+	if n.conf.Ended != nil && rec.End != nil {
+		n.conf.Ended(rec.Home, rec.Job, Placement{n.conf.Self, rec.Epoch}, *rec.End)
+	}
+}
+
+// Settle brings every copy in order that nobody is working on: after a restart of
+// the agent, and from time to time while a home could not be reached. It
+// returns the number of copies whose fate is still open.
+func (n *Node) Settle(ctx context.Context) int {
+	n.mu.Lock()
+	var all []*jobCopy
+	for _, cp := range n.copies {
+		all = append(all, cp)
+	}
+	n.mu.Unlock()
+	open := 0
+	for _, cp := range all {
+		if err := n.settleCopy(ctx, cp); err != nil {
+			open++
+			n.log.Warn("a copy is not settled", "job", cp.record().Job, "epoch", cp.record().Epoch, "err", err)
+		}
+	}
+	return open
+}
+
+// errOpen is a copy of which the home has not decided yet.
+var errOpen = errors.New("the home has not decided yet")
+
+func (n *Node) settleCopy(ctx context.Context, cp *jobCopy) error {
+	if !cp.turn.TryLock() {
+		return nil // somebody is at it
+	}
+	defer cp.turn.Unlock()
+	rec := cp.record()
+	st, err := cp.c.Status(ctx)
+	if errors.Is(err, capsule.ErrNoShim) {
+		st.State, err = noShim, nil
+	}
+	if err != nil {
+		return err
+	}
+	r, epoch := diagnose(rec.Phase, st.State), rec.Epoch
+	if r == ask {
+		var v Verdict
+		if v, epoch, err = n.conf.Judge.Ask(ctx, rec.Home, rec.Job, Placement{n.conf.Self, rec.Epoch}); err != nil {
+			return err
+		}
+		if r = treat(st.State, v); r == leave {
+			return errOpen
+		}
+	}
+	n.log.Info("settle", "job", rec.Job, "epoch", rec.Epoch, "phase", rec.Phase, "state", st.State, "remedy", r)
+	switch r {
+	case leave:
+		if rec.Phase == ended {
+			n.tellEnd(rec)
+		}
+	case resume:
+		return n.resume(ctx, cp)
+	case thaw:
+		return n.thaw(ctx, cp, epoch)
+	case noteRun:
+		return n.note(cp, func(r *copyRecord) { r.Phase = running })
+	case noteEnd:
+		n.noteEnd(cp, End{Exit: st.Exit, Signal: st.Signal})
+	case noteLost:
+		if last, err := cp.c.LastStatus(); err == nil && last.State == control.Ended {
+			n.noteEnd(cp, End{Exit: last.Exit, Signal: last.Signal})
+			return nil
+		}
+		if rec.Phase == frozen {
+			// A frozen source that died is no loss: the other copy decides.
+			return n.remove(ctx, cp)
+		}
+		n.noteEnd(cp, End{Lost: "its shim died"})
+	case noteGone:
+		return n.note(cp, func(r *copyRecord) { r.Phase = gone })
+	case throwAway:
+		return n.remove(ctx, cp)
+	}
+	return nil
+}
+
+// resume lets a restored copy run; turn is held.
+func (n *Node) resume(ctx context.Context, cp *jobCopy) error {
+	// Journalled before it is done: a node that dies in between must not say that it never ran.
+	if err := n.note(cp, func(r *copyRecord) { r.Phase = running }); err != nil {
+		return err
+	}
+	err := cp.c.Resume(ctx)
+	if err == nil || errors.Is(err, capsule.ErrNoShim) {
+		go n.watch(cp)
+	}
+	return err
+}
+
+// thaw lets a frozen source run on, in an epoch; turn is held.
+func (n *Node) thaw(ctx context.Context, cp *jobCopy, epoch uint64) error {
+	rec := cp.record()
+	if epoch != rec.Epoch {
+		if err := n.raise(cp, epoch); err != nil {
+			return err
+		}
+	}
+	if err := cp.c.Finish(ctx, false); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(n.imagesDir(rec.Capsule)); err != nil {
+		n.log.Warn("images are left", "err", err)
+	}
+	return n.note(cp, func(r *copyRecord) { r.Phase = running })
+}
+
+// raise makes a copy that of a later epoch.
+func (n *Node) raise(cp *jobCopy, epoch uint64) error {
+	old := cp.record()
+	if err := n.note(cp, func(r *copyRecord) { r.Epoch = epoch }); err != nil {
+		return err
+	}
+	if err := n.journal.Delete(capsuleName(old.Job, old.Epoch)); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.copies, copyKey{old.Job, old.Epoch})
+	n.copies[copyKey{old.Job, epoch}] = cp
+	return nil
+}
+
+// available is the memory that the kernel would give without swapping.
+func available() (int64, error) {
+	data, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, err
+	}
+	return parseAvailable(string(data))
+}
+
+// openDir opens a folder for handing on.
+func openDir(path string) (*os.File, error) {
+	return os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY, 0)
+}
