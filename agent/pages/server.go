@@ -29,7 +29,7 @@ const (
 	psKindBits    = 8
 
 	flagParent  = 1 // the page is in the parent image
-	flagLazy    = 2
+	flagLazy    = 2 // the page could be sent later; it is not
 	flagPresent = 4 // the page's bytes follow
 )
 
@@ -110,9 +110,8 @@ func Serve(sock io.ReadWriter, p Protocol, to Receiver) error {
 		case psParent:
 			_, err = sock.Write(make([]byte, 4))
 		case psAdd:
-			if !opened || c.flags != flagPresent || c.pages > maxPages {
-				// Holes and pages of a parent image occur with pre-copy only, lazy
-				// pages never.
+			if !opened || c.flags&^flagLazy != flagPresent || c.pages > maxPages {
+				// Pages of a parent image occur with pre-copy only.
 				return fmt.Errorf("criu sends %d pages at %#x with flags %#x", c.pages, c.vaddr, c.flags)
 			}
 			err = takeRun(sock, c.vaddr, c.pages, buf, to)
