@@ -44,7 +44,7 @@ type agentConfig struct {
 
 // command goes to a test agent's stdin, event comes from its stdout.
 type command struct {
-	Do   string // start, move, drive, settle, jobs, go, finish
+	Do   string // start, move, drive, settle, jobs, forget, go
 	Job  migrate.JobID
 	To   api.NodeID
 	Spec *control.Spec
@@ -119,11 +119,6 @@ func agentMain(args []string) int {
 		Self: conf.ID, Dir: conf.Dir, Cgroup: conf.Cgroup, CRIU: conf.CRIU, Version: "test", Log: log,
 		Roots: oneRoot{conf.Root}, Dial: dial,
 		Judge: judge{conf.ID, home, client},
-		Ended: func(h api.NodeID, job migrate.JobID, at migrate.Placement, end migrate.End) {
-			if h == conf.ID {
-				log.Info("ended", "job", job, "at", at, "end", end, "err", home.Finish(job, at, end))
-			}
-		},
 	})
 	if err != nil {
 		log.Error("node", "err", err)
@@ -165,6 +160,8 @@ func agentMain(args []string) int {
 			err = home.Move(tctx, c.Job, c.To)
 		case "drive":
 			err = home.Drive(tctx, c.Job)
+		case "forget":
+			err = home.Forget(tctx, c.Job)
 		case "settle":
 			e.Open = node.Settle(tctx)
 		}
@@ -203,6 +200,13 @@ func (j judge) Ask(ctx context.Context, home api.NodeID, job migrate.JobID, p mi
 		return j.home.Ask(ctx, home, job, p)
 	}
 	return j.remote.Ask(ctx, home, job, p)
+}
+
+func (j judge) Ended(ctx context.Context, home api.NodeID, job migrate.JobID, p migrate.Placement, end migrate.End) error {
+	if home == j.self {
+		return j.home.Ended(ctx, home, job, p, end)
+	}
+	return j.remote.Ended(ctx, home, job, p, end)
 }
 
 // agent is a running test agent.
@@ -390,4 +394,9 @@ func (c *cluster) cut(a, b api.NodeID, cut bool) {
 	} else if err := os.WriteFile(path, nil, 0o600); err != nil {
 		c.t.Fatal(err)
 	}
+}
+
+// alive tells whether the agent runs.
+func (a *agent) alive() bool {
+	return a.cmd.ProcessState == nil && syscall.Kill(a.cmd.Process.Pid, 0) == nil
 }

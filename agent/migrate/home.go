@@ -155,15 +155,18 @@ func (h *Home) Ask(_ context.Context, _ api.NodeID, job JobID, c Placement) (Ver
 	return v, epoch, nil
 }
 
-// Finish notes the end of a job, as its owner tells it. What another node
+// Ended notes the end of a job, as its owner tells it: see Judge. What another node
 // says is not heard: its copy is not the job.
-func (h *Home) Finish(job JobID, from Placement, end End) error {
+func (h *Home) Ended(_ context.Context, _ api.NodeID, job JobID, from Placement, end End) error {
 	j, err := h.job(job)
 	if err != nil {
 		return err
 	}
 	_, err = h.change(j, func(r Record) (Record, error) {
-		if r.At != from {
+		switch {
+		case r.At == from && r.End != nil: // told before
+			return r, nil
+		case r.At != from:
 			return r, fault.New(fault.Refused, "end", "job "+string(job), fmt.Sprintf("epoch %d of node %d is not the job", from.Epoch, from.Node), "")
 		}
 		return r.Finish(end), nil
@@ -171,8 +174,26 @@ func (h *Home) Finish(job JobID, from Placement, end End) error {
 	return err
 }
 
-// Forget drops a job that has ended, when its end has been told to who asked.
-func (h *Home) Forget(job JobID) error {
+// Forget drops a job that has ended, and its capsule with what was not read of
+// its output: when its end has been told to who asked.
+func (h *Home) Forget(ctx context.Context, job JobID) error {
+	j, err := h.job(job)
+	if err != nil {
+		return err
+	}
+	j.turn.Lock()
+	defer j.turn.Unlock()
+	rec := j.record()
+	if rec.End == nil {
+		return rec.refuse("forget", "it has not ended", "")
+	}
+	if err := h.drive(ctx, j); err != nil { // a copy elsewhere may be left
+		return err
+	}
+	// First the copy: a record is what makes us try again.
+	if err := h.conf.Peer(rec.At.Node).Discard(ctx, Order{Job: job, Home: h.conf.Self, Epoch: rec.At.Epoch}); err != nil {
+		return err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err := h.conf.Journal.Delete(string(job)); err != nil {
@@ -205,12 +226,12 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 		return err
 	}
 	if err := h.carry(ctx, rec); err != nil {
-		h.callOff(ctx, j, err.Error())
+		h.callOff(ctx, j, rec.Next, err.Error())
 		return fault.New(fault.Refused, "move", "job "+string(job), err, fmt.Sprintf("it runs on, on node %d", rec.At.Node))
 	}
 	h.step(job, StepCommit)
 	if _, err := h.change(j, Record.Commit); err != nil {
-		h.callOff(ctx, j, err.Error())
+		h.callOff(ctx, j, rec.Next, err.Error())
 		return err
 	}
 	err = h.drive(ctx, j)
@@ -242,12 +263,8 @@ func (h *Home) carry(ctx context.Context, rec Record) error {
 
 // callOff journals the abort and tells both nodes, once: a node that is not
 // reached will ask.
-func (h *Home) callOff(ctx context.Context, j *homeJob, reason string) {
-	var next *Placement
-	rec, err := h.change(j, func(r Record) (Record, error) {
-		next = r.Next
-		return r.Abort(reason), nil
-	})
+func (h *Home) callOff(ctx context.Context, j *homeJob, next *Placement, reason string) {
+	rec, err := h.change(j, func(r Record) (Record, error) { return r.Abort(reason), nil })
 	if err != nil {
 		// Not durable: nobody may be told. Both copies stay frozen and ask.
 		h.log.Error("cannot journal that a move is called off", "job", rec.Job, "err", err)
@@ -265,15 +282,13 @@ func (h *Home) callOff(ctx context.Context, j *homeJob, reason string) {
 			h.log.Warn("cannot tell the source that the move is called off; it will ask", "job", rec.Job, "err", err)
 		}
 	})
-	if next != nil {
-		wg.Go(func() {
-			o := order
-			o.Epoch = next.Epoch
-			if err := h.conf.Peer(next.Node).Discard(ctx, o); err != nil {
-				h.log.Warn("cannot tell the destination that the move is called off; it will ask", "job", rec.Job, "err", err)
-			}
-		})
-	}
+	wg.Go(func() {
+		o := order
+		o.Epoch = next.Epoch
+		if err := h.conf.Peer(next.Node).Discard(ctx, o); err != nil {
+			h.log.Warn("cannot tell the destination that the move is called off; it will ask", "job", rec.Job, "err", err)
+		}
+	})
 	wg.Wait()
 }
 
@@ -322,7 +337,7 @@ func (h *Home) do(ctx context.Context, j *homeJob, rec Record, task Task) error 
 	defer cancel()
 	switch task {
 	case CallOff:
-		h.callOff(ctx, j, "the home's agent was restarted")
+		h.callOff(ctx, j, rec.Next, "the home's agent was restarted")
 		return nil
 	case ResumeAt:
 		h.step(rec.Job, StepResume)
@@ -335,7 +350,7 @@ func (h *Home) do(ctx context.Context, j *homeJob, rec Record, task Task) error 
 		switch fault.KindOf(err) {
 		case fault.NotFound: // gone, and never ran: the source may have it back
 			_, err = h.change(j, func(r Record) (Record, error) {
-				if r.Prev == nil {
+				if r.Prev == nil || r.Thaws != 0 {
 					return r.Finish(End{Lost: reason}), nil
 				}
 				return r.Reclaim(reason)

@@ -92,9 +92,19 @@ func (c *cluster) finish(at api.NodeID) {
 	if err := os.WriteFile(filepath.Join(c.w.Work, "log.stop"), nil, 0o644); err != nil {
 		c.t.Fatal(err)
 	}
-	for deadline := time.Now().Add(20 * time.Second); len(c.pids(at, "job")) > 0; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
+	var end *migrate.End
+	for deadline := time.Now().Add(20 * time.Second); end == nil; time.Sleep(5 * time.Millisecond) {
+		if end = c.record().End; time.Now().After(deadline) {
 			c.t.Fatal("the job does not end")
+		}
+	}
+	if *end != (migrate.End{Exit: 7}) {
+		c.t.Errorf("the job ended with %+v; want exit 7", *end)
+	}
+	c.agents[1].must(command{Do: "forget", Job: "j"})
+	for id := range c.agents {
+		if names := c.capsules(id); len(names) != 0 {
+			c.t.Errorf("node %d has capsules %v of a job that is over", id, names)
 		}
 	}
 	data, err := os.ReadFile(filepath.Join(c.w.Work, "log"))

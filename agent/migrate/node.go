@@ -37,11 +37,8 @@ type NodeConfig struct {
 	Roots   Roots
 	// Dial connects to another node's Serve.
 	Dial func(ctx context.Context, node api.NodeID) (net.Conn, error)
-	// Judge asks a home about a copy.
+	// Judge reaches the homes of copies.
 	Judge Judge
-	// Ended is told the end of a copy that ran here. It is told again after a
-	// restart, until the home has had the copy discarded.
-	Ended func(home api.NodeID, job JobID, c Placement, end End)
 	// Memory is how many bytes a job that comes may need; nil is what the kernel calls available.
 	Memory func() (int64, error)
 	// Exe is the program that runs as shim: see capsule.Config.
@@ -74,6 +71,7 @@ type copyRecord struct {
 	Capsule string     // its name; that of the epoch in which it was made
 	Source  api.NodeID `json:",omitempty"` // who may send its pages
 	End     *End       `json:",omitempty"`
+	Told    bool       `json:",omitempty"` // the home knows End
 }
 
 // jobCopy is one copy of a job on this node.
@@ -233,25 +231,47 @@ func (n *Node) watch(cp *jobCopy) {
 	st, err := cp.c.Wait(context.Background())
 	switch {
 	case err == nil && st.State == control.Ended:
-		n.noteEnd(cp, End{Exit: st.Exit, Signal: st.Signal})
+		cp.turn.Lock()
+		defer cp.turn.Unlock()
+		if cp.record().Phase == running {
+			err = n.noteEnd(context.Background(), cp, End{Exit: st.Exit, Signal: st.Signal})
+		}
 	case errors.Is(err, capsule.ErrNoShim):
-		n.settleCopy(context.Background(), cp) //nolint:errcheck // tried again by Settle
+		err = n.settleCopy(context.Background(), cp)
+	}
+	if err != nil {
+		n.log.Warn("the end of a copy is not settled", "job", cp.record().Job, "err", err)
 	}
 }
 
 // noteEnd journals the end of a copy and tells its home.
-func (n *Node) noteEnd(cp *jobCopy, end End) {
+func (n *Node) noteEnd(ctx context.Context, cp *jobCopy, end End) error {
 	if err := n.note(cp, func(r *copyRecord) { r.Phase, r.End = ended, &end }); err != nil {
-		n.log.Error("cannot journal a job's end", "err", err)
-		return
+		return err
 	}
-	n.tellEnd(cp.record())
+	return n.tellEnd(ctx, cp)
 }
 
-func (n *Node) tellEnd(rec copyRecord) {
-	if n.conf.Ended != nil && rec.End != nil {
-		n.conf.Ended(rec.Home, rec.Job, Placement{n.conf.Self, rec.Epoch}, *rec.End)
+// tellEnd tells the home how a copy ended, until it has heard. The copy
+// stays, with what was not read of its output, until the home discards it.
+func (n *Node) tellEnd(ctx context.Context, cp *jobCopy) error {
+	rec := cp.record()
+	if rec.Told || rec.End == nil {
+		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, stepTime)
+	defer cancel()
+	err := n.conf.Judge.Ended(ctx, rec.Home, rec.Job, Placement{n.conf.Self, rec.Epoch}, *rec.End)
+	switch fault.KindOf(err) {
+	case fault.NotFound, fault.Refused: // it is not the job any more, or nobody's
+		if err != nil {
+			return n.remove(ctx, cp)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return n.note(cp, func(r *copyRecord) { r.Told = true })
 }
 
 // Settle brings every copy in order that nobody is working on: after a restart of
@@ -273,6 +293,9 @@ func (n *Node) Settle(ctx context.Context) int {
 	}
 	return open
 }
+
+// errBusy is a capsule that undoes what its agent was killed in.
+var errBusy = errors.New("its shim is not done yet")
 
 // errOpen is a copy of which the home has not decided yet.
 var errOpen = errors.New("the home has not decided yet")
@@ -302,10 +325,10 @@ func (n *Node) settleCopy(ctx context.Context, cp *jobCopy) error {
 	}
 	n.log.Info("settle", "job", rec.Job, "epoch", rec.Epoch, "phase", rec.Phase, "state", st.State, "remedy", r)
 	switch r {
-	case leave:
-		if rec.Phase == ended {
-			n.tellEnd(rec)
-		}
+	case busy:
+		return errBusy
+	case tell:
+		return n.tellEnd(ctx, cp)
 	case resume:
 		return n.resume(ctx, cp)
 	case thaw:
@@ -313,17 +336,16 @@ func (n *Node) settleCopy(ctx context.Context, cp *jobCopy) error {
 	case noteRun:
 		return n.note(cp, func(r *copyRecord) { r.Phase = running })
 	case noteEnd:
-		n.noteEnd(cp, End{Exit: st.Exit, Signal: st.Signal})
+		return n.noteEnd(ctx, cp, End{Exit: st.Exit, Signal: st.Signal})
 	case noteLost:
 		if last, err := cp.c.LastStatus(); err == nil && last.State == control.Ended {
-			n.noteEnd(cp, End{Exit: last.Exit, Signal: last.Signal})
-			return nil
+			return n.noteEnd(ctx, cp, End{Exit: last.Exit, Signal: last.Signal})
 		}
 		if rec.Phase == frozen {
 			// A frozen source that died is no loss: the other copy decides.
 			return n.remove(ctx, cp)
 		}
-		n.noteEnd(cp, End{Lost: "its shim died"})
+		return n.noteEnd(ctx, cp, End{Lost: "its shim died"})
 	case noteGone:
 		return n.note(cp, func(r *copyRecord) { r.Phase = gone })
 	case throwAway:

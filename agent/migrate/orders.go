@@ -290,7 +290,11 @@ func (n *Node) Resume(ctx context.Context, o Order) error {
 			cp.turn.Lock()
 			defer cp.turn.Unlock()
 			if cp.record().Epoch == o.From {
-				return n.thaw(ctx, cp, o.Epoch)
+				err := n.thaw(ctx, cp, o.Epoch)
+				if errors.Is(err, capsule.ErrNoShim) {
+					return n.refuse("resume", o, err, "")
+				}
+				return err
 			}
 		}
 	}

@@ -45,8 +45,10 @@ type Peer interface {
 	Discard(context.Context, Order) error
 }
 
-// Judge is a home as its nodes see it.
+// Judge is a home as its nodes see it: Home for its own node, Client for others.
 type Judge interface {
+	// Ended tells the end of the copy that owns the job.
+	Ended(ctx context.Context, home api.NodeID, job JobID, c Placement, end End) error
 	// Ask asks what is to become of a frozen copy.
 	Ask(ctx context.Context, home api.NodeID, job JobID, c Placement) (Verdict, uint64, error)
 }

@@ -63,8 +63,9 @@ type Record struct {
 	Running bool
 	// Next is a move that is under way and not decided.
 	Next *Placement `json:",omitempty"`
-	// Prev is a frozen copy that is to be killed once At runs; or, if At turns
-	// out never to have run, to take the job back.
+	// Prev is a copy that is to be killed once At runs: the frozen source of the
+	// move, which takes the job back if At turns out never to have run; or then what is left of
+	// that one.
 	Prev *Placement `json:",omitempty"`
 	// Thaws is the epoch of the frozen copy at At.Node that became At when the
 	// job was taken back; 0 otherwise.
@@ -140,11 +141,12 @@ func (r Record) Confirm() Record {
 // said that it has no copy, and as it never said that it runs, nothing the job
 // does can have been seen.
 func (r Record) Reclaim(reason string) (Record, error) {
-	if r.Running || r.Prev == nil {
+	if r.Running || r.Prev == nil || r.Thaws != 0 {
 		return r, r.refuse("take back", "no frozen copy of it is left", "")
 	}
 	r.Last++
-	r.At, r.Thaws, r.Prev = Placement{r.Prev.Node, r.Last}, r.Prev.Epoch, nil
+	dead := r.At
+	r.At, r.Thaws, r.Prev = Placement{r.Prev.Node, r.Last}, r.Prev.Epoch, &dead
 	r.Moves--
 	r.Reason = reason
 	return r, nil
@@ -183,7 +185,7 @@ func (r Record) Verdict(c Placement) (Verdict, uint64) {
 		return Run, c.Epoch
 	case r.Next != nil && c == *r.Next:
 		return Wait, 0
-	case r.Prev != nil && c == *r.Prev && !r.Running:
+	case r.Prev != nil && c == *r.Prev && !r.Running && r.Thaws == 0:
 		return Wait, 0 // it may be needed again
 	case c.Node == r.At.Node && r.Thaws != 0 && c.Epoch == r.Thaws:
 		return Run, r.At.Epoch

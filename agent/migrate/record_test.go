@@ -229,7 +229,7 @@ func (m *model) resumeAt(heard bool) {
 	case c == nil || c.phase == frozen:
 		m.rec = m.rec.Finish(End{Lost: "x"})
 	case c.phase == gone:
-		if m.rec.Prev == nil {
+		if m.rec.Prev == nil || m.rec.Thaws != 0 {
 			m.rec = m.rec.Finish(End{Lost: "x"})
 		} else {
 			m.rec, _ = m.rec.Reclaim("x")
@@ -309,7 +309,10 @@ func TestDiagnose(t *testing.T) {
 		{frozen, control.Dumped, ask},
 		{frozen, control.Running, noteRun},
 		{running, control.Ended, noteEnd},
-		{ended, control.Ended, leave},
+		{ended, control.Ended, tell},
+		{ended, noShim, tell},
+		{gone, noShim, ask},
+		{running, control.Dumping, busy},
 		{frozen, control.Moved, throwAway},
 		{prepared, control.Failed, ask},
 	} {

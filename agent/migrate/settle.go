@@ -19,6 +19,8 @@ type remedy string
 
 const (
 	leave     remedy = "leave"     // all is as it should be, or the home is to say
+	busy      remedy = "busy"      // the shim is at it, and comes out of it by itself
+	tell      remedy = "tell"      // the home how it ended
 	ask       remedy = "ask"       // the home
 	resume    remedy = "resume"    // a restored copy
 	thaw      remedy = "thaw"      // a frozen source
@@ -42,11 +44,13 @@ func diagnose(p phase, st control.State) remedy {
 			return noteLost
 		case prepared, restored:
 			return noteGone
+		case gone:
+			return ask
 		}
-		return leave
+		return tell
 	case control.Ended:
 		if p == ended {
-			return leave
+			return tell
 		}
 		return noteEnd
 	case control.Running:
@@ -55,7 +59,7 @@ func diagnose(p phase, st control.State) remedy {
 		}
 		return leave
 	case control.Dumping, control.Restoring:
-		return leave // the shim comes out of it by itself: its agent hung up
+		return busy // its agent hung up
 	case control.Dumped:
 		return ask
 	case control.Restored:

@@ -28,7 +28,8 @@ import (
 type message struct {
 	Op    op
 	Order Order
-	Ask   *Placement `json:",omitempty"` // of op ask
+	Copy  *Placement `json:",omitempty"` // of ops ask and ended
+	End   *End       `json:",omitempty"` // of op ended
 }
 
 type reply struct {
@@ -48,6 +49,7 @@ const (
 	opDiscard op = "discard"
 	opPages   op = "pages"
 	opAsk     op = "ask"
+	opEnded   op = "ended"
 )
 
 // maxMessage bounds a message; they have some hundred bytes.
@@ -132,8 +134,14 @@ func (c Client) Discard(ctx context.Context, o Order) error { return c.order(ctx
 
 // Ask implements Judge.
 func (c Client) Ask(ctx context.Context, home api.NodeID, job JobID, p Placement) (Verdict, uint64, error) {
-	r, err := c.call(ctx, home, message{Op: opAsk, Order: Order{Job: job, Home: home}, Ask: &p})
+	r, err := c.call(ctx, home, message{Op: opAsk, Order: Order{Job: job, Home: home}, Copy: &p})
 	return r.Verdict, r.Epoch, err
+}
+
+// Ended implements Judge.
+func (c Client) Ended(ctx context.Context, home api.NodeID, job JobID, p Placement, end End) error {
+	_, err := c.call(ctx, home, message{Op: opEnded, Order: Order{Job: job, Home: home}, Copy: &p, End: &end})
+	return err
 }
 
 // Server answers other agents for this one's node and home.
@@ -173,12 +181,8 @@ func (s Server) Serve(ctx context.Context, conn net.Conn, from api.NodeID) {
 }
 
 func (s Server) do(ctx context.Context, m message, from api.NodeID) reply {
-	if m.Op == opAsk {
-		if m.Ask == nil || m.Ask.Node != from || s.Home == nil {
-			return reply{Error: control.FromError(fault.New(fault.Refused, "ask about", "job "+string(m.Order.Job), "it is not the asker's copy", ""))}
-		}
-		v, epoch, err := s.Home.Ask(ctx, m.Order.Home, m.Order.Job, *m.Ask)
-		return reply{Error: control.FromError(err), Verdict: v, Epoch: epoch}
+	if m.Op == opAsk || m.Op == opEnded {
+		return s.tell(ctx, m, from)
 	}
 	if m.Order.Home != from {
 		return reply{Error: control.FromError(fault.New(fault.Refused, string(m.Op), "job "+string(m.Order.Job), fmt.Sprintf("node %d is not its home", from), ""))}
@@ -201,4 +205,16 @@ func (s Server) do(ctx context.Context, m message, from api.NodeID) reply {
 		return reply{Error: control.FromError(fault.New(fault.Usage, "serve", string(m.Op), errors.New("unknown request"), "run the same mosimg on both nodes"))}
 	}
 	return reply{Error: control.FromError(f(ctx, m.Order))}
+}
+
+// tell answers a node that asks or tells about its copy.
+func (s Server) tell(ctx context.Context, m message, from api.NodeID) reply {
+	if m.Copy == nil || m.Copy.Node != from || m.Op == opEnded && m.End == nil {
+		return reply{Error: control.FromError(fault.New(fault.Usage, string(m.Op), "job "+string(m.Order.Job), "it is not the asker's copy", ""))}
+	}
+	if m.Op == opEnded {
+		return reply{Error: control.FromError(s.Home.Ended(ctx, m.Order.Home, m.Order.Job, *m.Copy, *m.End))}
+	}
+	v, epoch, err := s.Home.Ask(ctx, m.Order.Home, m.Order.Job, *m.Copy)
+	return reply{Error: control.FromError(err), Verdict: v, Epoch: epoch}
 }
