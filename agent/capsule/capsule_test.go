@@ -20,7 +20,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	capsuletest.Main(m, map[string]func([]string) int{"counter": counter, "daemonise": daemonise, "daemon": daemon})
+	capsuletest.Main(m, map[string]func([]string) int{"counter": counter, "daemonise": daemonise, "daemon": daemon, "contents": contents, "pinned": pinned})
 }
 
 // run runs a job to its end.
@@ -117,7 +117,7 @@ func TestSignalsAndStatus(t *testing.T) {
 	}{
 		{"to the program", "trap 'echo got' TERM; echo up; while :; do sleep 0.02; done", unix.SIGTERM, false, "up\ngot\n", 0, 9},
 		{"death", "echo up; exec sleep 100", unix.SIGINT, false, "up\n", 0, 2},
-		{"group", "echo up; sleep 100 & wait; echo never", unix.SIGINT, true, "up\n", 0, 2},
+		{"group", "echo up; sleep 100; echo never", unix.SIGINT, true, "up\n", 0, 2},
 		{"daemon goes on", "setsid sh -c 'sleep 0.3; echo daemon' & echo up; exec sleep 100", unix.SIGHUP, false, "up\ndaemon\n", 0, 1},
 	} {
 		c := w.Capsule(w.View())

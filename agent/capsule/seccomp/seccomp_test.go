@@ -14,6 +14,7 @@ import (
 // data is a struct seccomp_data for the interpreter, which reads big-endian.
 func data(arch, nr, arg0 uint32) []byte {
 	b := make([]byte, 64)
+	binary.BigEndian.PutUint32(b[offArg2:], arg0) // no call of the table looks at both
 	binary.BigEndian.PutUint32(b[offNr:], nr)
 	binary.BigEndian.PutUint32(b[offArch:], arch)
 	binary.BigEndian.PutUint32(b[offArg0:], arg0)
@@ -42,6 +43,8 @@ func TestFilter(t *testing.T) {
 		{"clone3", unix.AUDIT_ARCH_X86_64, 435, 0, errno(unix.ENOSYS)},
 		{"unshare of files", unix.AUDIT_ARCH_X86_64, 272, unix.CLONE_FILES, allow},
 		{"unshare of time", unix.AUDIT_ARCH_X86_64, 272, unix.CLONE_NEWTIME, errno(unix.EPERM)},
+		{"TCP socket", unix.AUDIT_ARCH_X86_64, 41, unix.IPPROTO_TCP, allow},
+		{"multipath TCP socket", unix.AUDIT_ARCH_X86_64, 41, unix.IPPROTO_MPTCP, errno(unix.EPROTONOSUPPORT)},
 		{"last number", unix.AUDIT_ARCH_X86_64, x32Bit - 1, 0, allow},
 		{"x32 read", unix.AUDIT_ARCH_X86_64, x32Bit, 0, errno(unix.ENOSYS)},
 		{"i386 exit", unix.AUDIT_ARCH_I386, 1, 0, allow},

@@ -43,13 +43,14 @@ func (s *shim) options(log string) *rpc.CriuOpts {
 	return &rpc.CriuOpts{
 		// Not by ImagesDirFd: CRIU would look the descriptor up in /proc/PID of
 		// whom it takes for its client.
-		ImagesDirFd:       proto.Int32(-1),
-		ImagesDir:         proto.String(fmt.Sprintf("/proc/self/fd/%d", criuImagesFD)),
-		LogFile:           proto.String(log),
-		LogLevel:          proto.Int32(int32(level)),
-		NotifyScripts:     proto.Bool(true),
-		ExtUnixSk:         proto.Bool(true),
-		FileLocks:         proto.Bool(true),
+		ImagesDirFd:   proto.Int32(-1),
+		ImagesDir:     proto.String(fmt.Sprintf("/proc/self/fd/%d", criuImagesFD)),
+		LogFile:       proto.String(log),
+		LogLevel:      proto.Int32(int32(level)),
+		NotifyScripts: proto.Bool(true),
+		ExtUnixSk:     proto.Bool(true),
+		// No FileLocks: restore would wait for the lock that the frozen source holds
+		// until it is killed. Locks in home files are the home's, and CRIU sees none.
 		LinkRemap:         proto.Bool(true),
 		GhostLimit:        proto.Uint32(ghostLimit),
 		EvasiveDevices:    proto.Bool(true),

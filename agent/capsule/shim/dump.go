@@ -64,15 +64,19 @@ func (s *shim) dump(ctx context.Context, images, pages *os.File) error {
 // dumpTo runs CRIU. decide is called with the job dumped and frozen, and says
 // whether it is to be killed.
 func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.File, decide func() bool) error {
+	pids, err := s.inTree(st.Leader)
+	if err != nil {
+		return err
+	}
+	if err := pinned(pids); err != nil {
+		return err
+	}
 	if st.Stopped {
 		// CRIU cannot stop what is frozen already. The job runs for the moment
 		// until CRIU has it; it is frozen again when it is there.
 		if err := s.job.Thaw(); err != nil {
 			return err
 		}
-	}
-	if _, err := s.inTree(st.Leader); err != nil {
-		return err
 	}
 	opts := s.options(dumpLog)
 	opts.Pid = proto.Int32(int32(st.Leader))
@@ -82,7 +86,7 @@ func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.
 		opts.Ps = &rpc.CriuPageServerInfo{Fd: proto.Int32(criuExtraFD)}
 	}
 	commit := false
-	_, err := s.runCRIU(ctx, rpc.CriuReqType_DUMP, opts, images, extra, func(ctx context.Context, n swrk.Notify) error {
+	_, err = s.runCRIU(ctx, rpc.CriuReqType_DUMP, opts, images, extra, func(ctx context.Context, n swrk.Notify) error {
 		if n.Stage != swrk.PostDump {
 			return nil
 		}
@@ -192,8 +196,7 @@ func (s *shim) inTree(leader int) ([]int, error) {
 		}
 	}
 	if stray := strayIn(parents, leader); stray >= 0 {
-		comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", stray)) //nolint:errcheck // a name for the message
-		return nil, fmt.Errorf("process %d (%s) is in the job's group, but not in its tree", stray, strings.TrimSpace(string(comm)))
+		return nil, fmt.Errorf("process %d (%s) is in the job's group, but not in its tree", stray, nameOf(stray))
 	}
 	return pids, nil
 }

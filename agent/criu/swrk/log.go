@@ -12,6 +12,7 @@ var reasons = []struct{ part, words string }{
 	{"Connected TCP socket", "a process has a TCP connection"},
 	{"tcp_repair", "a process has a TCP connection"},
 	{"Can't dump ghost file", "a deleted file that is still open is too large to carry"},
+	{"Some file locks are hold", "a process holds a file lock"},
 	{"External socket is used", "a process is connected to a unix socket outside of the job"},
 	{"Can't dump half of stream unix connection", "a process is connected to a unix socket outside of the job"},
 	{"Unsupported socket family", "a process has a socket of a kind that CRIU does not carry"},
