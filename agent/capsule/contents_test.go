@@ -393,7 +393,7 @@ func TestContentsMove(t *testing.T) {
 		t.Errorf("the job ended as %+v, %v", st, err)
 	}
 	out, _ := k.Wait()
-	for _, l := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+	for l := range strings.SplitSeq(strings.TrimSpace(string(out)), "\n") {
 		if !strings.HasSuffix(l, ": ok") {
 			t.Error(l)
 		}

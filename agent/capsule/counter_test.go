@@ -2,6 +2,7 @@ package capsule_test
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -194,7 +195,7 @@ func TestTenMoves(t *testing.T) {
 		t.Errorf("the job ended as %+v, %v; want exit 42", st, err)
 	}
 	rest, err := k.Wait()
-	if err != io.EOF {
+	if !errors.Is(err, io.EOF) {
 		t.Errorf("stdout ended with %v", err)
 	}
 	output = append(output, rest...)

@@ -8,7 +8,7 @@ import (
 	"io"
 )
 
-// The stream, version 1; numbers are big-endian. The source sends Magic once,
+// Magic begins a stream, version 1; numbers are big-endian. The source sends it once,
 // then records of one byte and what belongs to it:
 //
 //	'O' kind u8, id u64              pages of this image follow
@@ -171,7 +171,7 @@ func receive(conn io.ReadWriter, to FileReceiver) error {
 	opened := false
 	for {
 		rec, err := r.ReadByte()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		if err != nil {

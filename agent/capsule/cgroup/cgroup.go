@@ -118,7 +118,7 @@ func (l *Leaf) Procs() ([]int, error) {
 		return nil, err
 	}
 	var pids []int
-	for _, f := range strings.Fields(string(data)) {
+	for f := range strings.FieldsSeq(string(data)) {
 		pid, err := strconv.Atoi(f)
 		if err != nil {
 			return nil, fmt.Errorf("cgroup %s: read cgroup.procs: %w", filepath.Base(l.dir), err)

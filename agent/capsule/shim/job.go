@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
@@ -63,11 +64,9 @@ const settleTime = 10 * time.Second
 func (s *shim) change(op string, to control.State, from ...control.State) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, f := range from {
-		if s.status.State == f {
-			s.set(to)
-			return nil
-		}
+	if slices.Contains(from, s.status.State) {
+		s.set(to)
+		return nil
 	}
 	return fault.New(fault.Refused, op, "capsule "+s.conf.ID, "it is "+string(s.status.State), "")
 }

@@ -406,12 +406,12 @@ func (i *inStream) write(c net.Conn, data []byte) (int, error) {
 			return true
 		}
 		n, werr = unix.Write(int(fd), data)
-		if werr == unix.EAGAIN || werr == unix.EINTR {
+		if errors.Is(werr, unix.EAGAIN) || errors.Is(werr, unix.EINTR) {
 			n, werr = 0, nil
 			return false
 		}
 		switch {
-		case werr == unix.EPIPE: // the job reads no more: as with a shell's pipe, the rest is nobody's
+		case errors.Is(werr, unix.EPIPE): // the job reads no more: as with a shell's pipe, the rest is nobody's
 			n, werr = len(data), nil
 		case werr != nil:
 			n = 0
