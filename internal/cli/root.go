@@ -70,6 +70,9 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 	})
 	for _, verb := range []func(*Env) *cobra.Command{
 		// one line for each verb: newBuildCmd, newHeadCmd, newNodeCmd, newLabCmd
+		newBuildCmd,
+		newHeadCmd,
+		newNodeCmd,
 	} {
 		root.AddCommand(verb(env))
 	}

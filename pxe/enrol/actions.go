@@ -83,44 +83,46 @@ func (s *Service) Adopt(a api.Adopt) error {
 	return err
 }
 
-// find is the record that an operator means: by number, name, MAC, or a
-// fingerprint's beginning that only one record has.
+// find is the record that an operator means.
 func find(tx *registry.Tx, what string) (*registry.Node, error) {
 	nodes := tx.Nodes()
-	if mac, err := net.ParseMAC(what); err == nil {
-		if n := tx.Node(mac.String()); n != nil {
-			return n, nil
-		}
+	recs := make([]api.NodeRecord, len(nodes))
+	for i, n := range nodes {
+		recs[i] = n.NodeRecord
 	}
-	if id, err := strconv.Atoi(what); err == nil {
-		if n := tx.NodeByID(api.NodeID(id)); n != nil {
-			return n, nil
-		}
+	i, err := Find(recs, what)
+	if err != nil {
+		return nil, err
 	}
-	for _, n := range nodes {
-		if n.Name != "" && strings.EqualFold(n.Name, what) {
-			return n, nil
+	return nodes[i], nil
+}
+
+// Find is the index of the record that an operator means: by number, name,
+// MAC, or a fingerprint's beginning that only one record has.
+func Find(recs []api.NodeRecord, what string) (int, error) {
+	mac, _ := net.ParseMAC(what)
+	number, _ := strconv.Atoi(what)
+	for i, r := range recs {
+		if r.MAC == mac.String() && mac != nil || number > 0 && int(r.Node) == number || r.Name != "" && strings.EqualFold(r.Name, what) {
+			return i, nil
 		}
 	}
 	const shortest = 4 // hex digits: less is a guess
-	var hits []*registry.Node
 	prefix := strings.ReplaceAll(strings.ToLower(what), "-", "")
-	for _, n := range nodes {
-		if len(prefix) >= shortest && strings.HasPrefix(strings.ReplaceAll(n.Fingerprint, "-", ""), prefix) {
-			hits = append(hits, n)
+	var hits []int
+	var macs []string
+	for i, r := range recs {
+		if len(prefix) >= shortest && strings.HasPrefix(strings.ReplaceAll(r.Fingerprint, "-", ""), prefix) {
+			hits, macs = append(hits, i), append(macs, r.MAC)
 		}
 	}
 	switch len(hits) {
 	case 1:
 		return hits[0], nil
 	case 0:
-		return nil, fault.New(fault.NotFound, "find node", what, "no machine has this number, name, MAC or fingerprint", "see: mosimg node ls")
+		return 0, fault.New(fault.NotFound, "find node", what, "no machine has this number, name, MAC or fingerprint", "see: mosimg node ls")
 	}
-	var macs []string
-	for _, n := range hits {
-		macs = append(macs, n.MAC)
-	}
-	return nil, fault.New(fault.Usage, "find node", what, "several machines have a fingerprint that begins so: "+strings.Join(macs, ", "), "give more digits, or the MAC")
+	return 0, fault.New(fault.Usage, "find node", what, "several machines have a fingerprint that begins so: "+strings.Join(macs, ", "), "give more digits, or the MAC")
 }
 
 // approve makes a machine one that may be a member, with a lasting number.
