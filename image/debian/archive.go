@@ -212,6 +212,16 @@ func (a *Archive) Key() string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
+// Root is the URL under which the packages of a suite lie.
+func (a *Archive) Root(suite string) string {
+	for _, s := range a.Suites {
+		if s.Name == suite {
+			return s.Root
+		}
+	}
+	return ""
+}
+
 // Date is that of the newest suite.
 func (a *Archive) Date() time.Time {
 	var d time.Time
