@@ -124,3 +124,31 @@ func (l *Lab) Processes(ctx context.Context, name, arg string) ([]int, error) {
 	}
 	return pids, nil
 }
+
+// RunOnHead runs a command on the head of the lab in dir, which another
+// process holds.
+func RunOnHead(ctx context.Context, dir string, c labport.Cmd) (labport.Exit, error) {
+	s, err := ReadState(dir)
+	if err != nil {
+		return labport.Exit{}, err
+	}
+	if !s.Process.Alive() {
+		return labport.Exit{}, fault.New(fault.Unavailable, "run on the head of", dir, "this lab is not running", "start one with: mosimg lab up")
+	}
+	port := labport.Dial(s.ExecSocket(), nil)
+	defer port.Close()
+	ready, cancel := context.WithTimeout(ctx, queryTime)
+	defer cancel()
+	if err := port.Ready(ready); err != nil {
+		return labport.Exit{}, err
+	}
+	return port.Run(ctx, c)
+}
+
+// AskHead is the registry of a lab that another process holds.
+func AskHead(ctx context.Context, s *State) (nodes []api.NodeRecord, err error) {
+	port := labport.Dial(s.ExecSocket(), nil)
+	defer port.Close()
+	remote := &Lab{port: port}
+	return remote.NodeList(ctx)
+}

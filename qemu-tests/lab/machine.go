@@ -211,7 +211,7 @@ func (m *Machine) state() MachineState {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := MachineState{Name: m.cfg.Name, MAC: m.cfg.MAC, Firmware: m.cfg.Firmware, On: m.vm != nil,
-		Stage: m.Stage().String(), Console: m.cfg.ConsoleLog()}
+		Console: m.cfg.ConsoleLog()}
 	if s.Firmware == "" && m.cfg.Kernel == "" {
 		s.Firmware = vm.BIOS
 	}

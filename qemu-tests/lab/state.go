@@ -45,7 +45,6 @@ type MachineState struct {
 	Firmware vm.Firmware `json:"firmware,omitempty"`
 	On       bool        `json:"on"`
 	Process  vm.Process  `json:"process"` // of QEMU; zero when it is off
-	Stage    string      `json:"stage"`   // when lab.json was written
 	Console  string      `json:"console"`
 }
 

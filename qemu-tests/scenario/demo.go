@@ -3,7 +3,6 @@ package scenario
 import (
 	"context"
 	"fmt"
-	"sync"
 
 	"mosimg/internal/api"
 	"mosimg/qemu-tests/lab"
@@ -49,40 +48,17 @@ func demo(ctx context.Context, r *Run) error {
 
 // joinBoth boots the first two nodes at once.
 func (r *Run) joinBoth(ctx context.Context) (string, error) {
-	names := []string{bios, uefi}
-	took := make([]string, len(names))
-	errs := make([]error, len(names))
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	var wait sync.WaitGroup
-	for i, name := range names {
-		wait.Go(func() {
-			m := r.Lab.Machine(name)
-			if errs[i] = m.PowerOn(ctx); errs[i] != nil {
-				cancel()
-				return
-			}
-			rec, err := r.Lab.AwaitMember(ctx, m)
-			if errs[i] = err; err != nil {
-				cancel()
-				return
-			}
-			took[i] = fmt.Sprintf("%s is node %d after %.0f s", m.Firmware(), rec.Node, m.Since().Seconds())
-		})
+	n1, n2 := r.Lab.Machine(bios), r.Lab.Machine(uefi)
+	if err := r.Lab.JoinAll(ctx, n1, n2); err != nil {
+		return "", err
 	}
-	wait.Wait()
-	// The first failure cancelled the other wait: it is the one to tell.
-	for _, err := range errs {
-		if err != nil && ctx.Err() != nil && !isCanceled(err) {
-			return "", err
-		}
+	v, err := r.view(ctx)
+	if err != nil {
+		return "", err
 	}
-	for _, err := range errs {
-		if err != nil {
-			return "", err
-		}
-	}
-	return took[0] + ", " + took[1], nil
+	a, _ := v.Record(n1)
+	b, _ := v.Record(n2)
+	return fmt.Sprintf("%s is node %d, %s is node %d", n1.Firmware(), a.Node, n2.Firmware(), b.Node), nil
 }
 
 // threeWithLoads shows the cluster through its own tools, and checks what

@@ -7,7 +7,7 @@ package scenario
 
 import (
 	"context"
-	"errors"
+	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -84,8 +84,8 @@ type Run struct {
 // Step is one line of the table at the end.
 type Step struct {
 	Name    string        `json:"step"`
-	Took    time.Duration `json:"ns"`
-	Err     error         `json:"-"`
+	Seconds float64       `json:"seconds"`
+	OK      bool          `json:"ok"`
 	Comment string        `json:"comment,omitempty"`
 }
 
@@ -102,7 +102,7 @@ func (r *Run) Play(ctx context.Context, s Scenario) error {
 func (r *Run) step(name string, f func() (comment string, err error)) error {
 	start := time.Now()
 	comment, err := f()
-	r.Steps = append(r.Steps, Step{Name: name, Took: time.Since(start), Err: err, Comment: comment})
+	r.Steps = append(r.Steps, Step{Name: name, Seconds: time.Since(start).Seconds(), OK: err == nil, Comment: comment})
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
@@ -116,12 +116,28 @@ func (r *Run) Table(w io.Writer) {
 	fmt.Fprintln(t, "STEP\tSECONDS\tOK\t")
 	for _, s := range r.Steps {
 		ok := "yes"
-		if s.Err != nil {
+		if !s.OK {
 			ok = "NO"
 		}
-		fmt.Fprintf(t, "%s\t%.1f\t%s\t%s\n", s.Name, s.Took.Seconds(), ok, s.Comment)
+		fmt.Fprintf(t, "%s\t%.1f\t%s\t%s\n", s.Name, s.Seconds, ok, s.Comment)
 	}
 	t.Flush()
+}
+
+// JSON writes the steps and how it all ended.
+func (r *Run) JSON(w io.Writer, err error) error {
+	result := struct {
+		OK    bool   `json:"ok"`
+		Error string `json:"error,omitempty"`
+		KVM   bool   `json:"kvm"`
+		Steps []Step `json:"steps"`
+	}{err == nil, "", r.Lab.KVM(), r.Steps}
+	if err != nil {
+		result.Error = err.Error()
+	}
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(result)
 }
 
 // head makes sure that the head is up.
@@ -186,5 +202,3 @@ func (r *Run) show(ctx context.Context, argv ...string) error {
 	fmt.Fprintf(r.Out, "\nhead# %s\n%s\n", strings.Join(argv, " "), b)
 	return nil
 }
-
-func isCanceled(err error) bool { return errors.Is(err, context.Canceled) }
