@@ -13,19 +13,19 @@ import (
 // A load message is one encrypted UDP packet of the membership layer, sent by
 // each node once a second. Integers are big endian.
 //
-//	 0  1  kind: 'L'
-//	 1  1  version: 1; a receiver drops any other
-//	 2  -  entries of 50 bytes, the sender's own first:
-//	       0  4  node number, from 1
-//	       4  8  sequence number
-//	      12  4  age in milliseconds when the message was sent
-//	      16  4  load, IEEE 754 single
-//	      20  2  utilisation, 0..65535 for 0..1
-//	      22  4  CPUs
-//	      26  8  memory in bytes
-//	      34  8  free memory in bytes
-//	      42  4  guests
-//	      46  4  uptime in seconds
+//	0  1  kind: 'L'
+//	1  1  version: 1; a receiver drops any other
+//	2  -  entries of 50 bytes, the sender's own first:
+//	      0  4  node number, from 1
+//	      4  8  sequence number
+//	     12  4  age in milliseconds when the message was sent
+//	     16  4  load, IEEE 754 single
+//	     20  2  utilisation, 0..65535 for 0..1
+//	     22  4  CPUs
+//	     26  8  memory in bytes
+//	     34  8  free memory in bytes
+//	     42  4  guests
+//	     46  4  uptime in seconds
 const (
 	Kind      = 'L'
 	version   = 1
