@@ -455,7 +455,6 @@ func (l *labCmd) play(ctx context.Context, names []string) error {
 			err = e
 		}
 	} else {
-		fmt.Fprintln(l.env.Stdout)
 		run.Table(l.env.Stdout)
 	}
 	if err != nil {

@@ -29,6 +29,10 @@ func (m *Machine) failFast(ctx context.Context) (context.Context, context.Cancel
 	return ctx, func() { cancel(nil) }
 }
 
+// freshLoad is how old a living member's load may be. Loads are told once a
+// second; one from before the machine's last boot is older than this.
+const freshLoad = 8 * time.Second
+
 // alive says what keeps a machine from being a living member with a load in
 // both of the head's lists; "" when nothing does.
 func alive(v View, m *Machine) string {
@@ -47,10 +51,18 @@ func alive(v View, m *Machine) string {
 		return fmt.Sprintf("mosmon shows node %d as %s", r.Node, x.Liveness)
 	case x.Load == nil:
 		return fmt.Sprintf("mosmon shows no load of node %d yet", r.Node)
+	case x.AgeMillis > freshLoad.Milliseconds():
+		return fmt.Sprintf("mosmon's load of node %d is %.0f s old", r.Node, float64(x.AgeMillis)/1000)
 	case r.Liveness != api.Alive:
 		return fmt.Sprintf("node ls shows node %d as %q", r.Node, r.Liveness)
 	}
 	return ""
+}
+
+// Alive is the registry entry of a machine, and whether it is a living member in v.
+func (v View) Alive(m *Machine) (api.NodeRecord, bool) {
+	rec, _ := v.Record(m)
+	return rec, alive(v, m) == ""
 }
 
 // AwaitMember waits until a machine that was switched on is a living member
@@ -62,7 +74,11 @@ func (l *Lab) AwaitMember(ctx context.Context, m *Machine) (api.NodeRecord, erro
 		return alive(v, m)
 	})
 	if err == nil {
-		l.Say("%s: member as node %d, %.0f s after power on", m.Name(), rec.Node, m.Since().Seconds())
+		took := m.Since()
+		m.mu.Lock()
+		m.joined = took
+		m.mu.Unlock()
+		l.Say("%s: member as node %d, %.0f s after power on", m.Name(), rec.Node, took.Seconds())
 	}
 	return rec, err
 }

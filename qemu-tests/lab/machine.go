@@ -25,7 +25,8 @@ type Machine struct {
 	mu      sync.Mutex // guards the following
 	vm      *vm.Machine
 	on      time.Time
-	booting bool // holds a token of lab.boots
+	joined  time.Duration // from power on to member, 0 before
+	booting bool          // holds a token of lab.boots
 }
 
 // Name is the machine's name: head, n1, n2 ...
@@ -93,7 +94,7 @@ func (m *Machine) PowerOn(ctx context.Context) error {
 		return err
 	}
 	m.mu.Lock()
-	m.vm, m.on = running, time.Now()
+	m.vm, m.on, m.joined = running, time.Now(), 0
 	m.mu.Unlock()
 	m.lab.Say("%s: switched on (%s)", m.Name(), m.describe())
 	m.lab.save()
@@ -123,6 +124,14 @@ func (m *Machine) Since() time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return time.Since(m.on)
+}
+
+// Joined is how long the machine took from power on to being a member, 0
+// while it is not.
+func (m *Machine) Joined() time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.joined
 }
 
 // PowerOff pulls the machine's plug. It may be off already.

@@ -63,7 +63,7 @@ func firmware(dev string) error {
 	defer resp.Body.Close()
 	script, err := io.ReadAll(resp.Body)
 	if err != nil || resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("script %s: %s %v", lease.ACK.BootFileName, resp.Status, err)
+		return fmt.Errorf("script %s: %s: %w", lease.ACK.BootFileName, resp.Status, err)
 	}
 	for line := range strings.Lines(string(script)) {
 		if strings.HasPrefix(line, "kernel ") {

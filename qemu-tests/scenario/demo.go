@@ -52,13 +52,7 @@ func (r *Run) joinBoth(ctx context.Context) (string, error) {
 	if err := r.Lab.JoinAll(ctx, n1, n2); err != nil {
 		return "", err
 	}
-	v, err := r.view(ctx)
-	if err != nil {
-		return "", err
-	}
-	a, _ := v.Record(n1)
-	b, _ := v.Record(n2)
-	return fmt.Sprintf("%s is node %d, %s is node %d", n1.Firmware(), a.Node, n2.Firmware(), b.Node), nil
+	return fmt.Sprintf("%s after %.0f s, %s after %.0f s", n1.Firmware(), n1.Joined().Seconds(), n2.Firmware(), n2.Joined().Seconds()), nil
 }
 
 // threeWithLoads shows the cluster through its own tools, and checks what

@@ -83,10 +83,10 @@ type Run struct {
 
 // Step is one line of the table at the end.
 type Step struct {
-	Name    string        `json:"step"`
-	Seconds float64       `json:"seconds"`
-	OK      bool          `json:"ok"`
-	Comment string        `json:"comment,omitempty"`
+	Name    string  `json:"step"`
+	Seconds float64 `json:"seconds"`
+	OK      bool    `json:"ok"`
+	Comment string  `json:"comment,omitempty"`
 }
 
 // Play runs one scenario.
@@ -168,6 +168,9 @@ func (r *Run) member(ctx context.Context, name string) (api.NodeRecord, error) {
 	if err != nil {
 		return api.NodeRecord{}, err
 	}
+	if rec, ok := v.Alive(m); ok && m.VM() != nil {
+		return rec, nil
+	}
 	switch rec, known := v.Record(m); {
 	case !known:
 		if err := r.Lab.Adopt(ctx, 1, adoption); err != nil {
@@ -188,7 +191,7 @@ func (r *Run) member(ctx context.Context, name string) (api.NodeRecord, error) {
 		}
 		var err error
 		rec, err = r.Lab.AwaitMember(ctx, m)
-		return fmt.Sprintf("node %d", rec.Node), err
+		return fmt.Sprintf("node %d, %.0f s after power on", rec.Node, m.Joined().Seconds()), err
 	})
 	return rec, err
 }
@@ -199,6 +202,6 @@ func (r *Run) show(ctx context.Context, argv ...string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(r.Out, "\nhead# %s\n%s\n", strings.Join(argv, " "), b)
+	fmt.Fprintf(r.Out, "head# %s\n%s\n", strings.Join(argv, " "), b)
 	return nil
 }
