@@ -20,6 +20,7 @@ import (
 	"mosimg/pxe/decision"
 	"mosimg/pxe/dhcpd"
 	"mosimg/pxe/httpd"
+	"mosimg/pxe/radv"
 	"mosimg/pxe/tftpd"
 )
 
@@ -89,6 +90,7 @@ func (h *Head) bind(ctx context.Context) (s services, err error) {
 			srv := &dhcpd.Server{Handler: &dhcpd.Handler{Table: n.table, Save: h.saveLease, Log: h.cfg.Log,
 				Decide: func(mac string, f decision.Facts) decision.Answer { return h.decide(n, mac, f) }}}
 			s = append(s, service{"DHCP on " + n.Name, conn, func(ctx context.Context) error { return srv.Serve(ctx, conn) }})
+			s = append(s, h.routerAdvertiser(ctx, n)...)
 		}
 		addr := func(port int) string { return fmt.Sprintf("%s:%d", n.addr(), port) }
 		// Only the served addresses are bound, so that no other network of
@@ -120,6 +122,18 @@ func (h *Head) bind(ctx context.Context) (s services, err error) {
 	return append(s, httpService("admin API", l, func(ctx context.Context) *http.Server {
 		return admin.NewHTTPServer(ctx, h.enrol, h.cfg.Log)
 	})), nil
+}
+
+// routerAdvertiser spares iPXE its wait for an IPv6 router. Where IPv6 is off
+// there is none; machines then boot all the same, only later.
+func (h *Head) routerAdvertiser(ctx context.Context, n *network) services {
+	conn, err := radv.Listen(ctx, n.Name)
+	if err != nil {
+		h.cfg.Log.Info("router solicitations are not answered: iPXE will wait 16 s for each machine", "interface", n.Name, "error", err.Error())
+		return nil
+	}
+	srv := &radv.Server{Log: h.cfg.Log, Known: func(mac string) bool { return n.table.Knows(time.Now(), mac) }}
+	return services{{"router advertisements on " + n.Name, conn, func(ctx context.Context) error { return srv.Serve(ctx, conn) }}}
 }
 
 // httpService runs an HTTP server, over TLS if it is set up for that.

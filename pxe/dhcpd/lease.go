@@ -287,6 +287,21 @@ func (t *Table) Holder(now time.Time, a netip.Addr) string {
 	return mac
 }
 
+// Knows tells whether a machine has an address of ours or was offered one.
+func (t *Table) Knows(now time.Time, mac string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if l, ok := t.byMAC[mac]; ok && now.Before(l.Expires) {
+		return true
+	}
+	for _, o := range t.offers {
+		if o.mac == mac && now.Before(o.until) {
+			return true
+		}
+	}
+	return false
+}
+
 // Counts tells how the pool is used.
 func (t *Table) Counts(now time.Time) Counts {
 	t.mu.Lock()
