@@ -148,6 +148,7 @@ func (s *Server) script(w http.ResponseWriter, r *http.Request) {
 		refuse(w, fault.KindOf(err).HTTPStatus(), msg)
 		return
 	}
+	trace.Event(s.Log, trace.Script, mac.String(), "address", from)
 	h := w.Header()
 	h.Set("Content-Type", "text/plain; charset=utf-8")
 	h.Set("Cache-Control", "no-store")
