@@ -100,7 +100,7 @@ type Agent struct {
 	key    identity.Key
 	server *agentapi.Server
 
-	// inv is this machine; probed is closed once its CRIU field is known.
+	// probed is closed once it is known whether CRIU works here.
 	probed chan struct{}
 
 	changed chan struct{} // wakes the console; holds one token
@@ -140,12 +140,14 @@ func Run(ctx context.Context, cfg Config) error {
 		cfg: cfg, log: cfg.Log, key: key,
 		probed:  make(chan struct{}),
 		changed: make(chan struct{}, 1),
+		inv:     inventory.Read(),
 		status: api.AgentStatus{
 			Version: version.String(), Protocol: version.Protocol, State: api.StateStarting,
 			Fingerprint: identity.Fingerprint(key.Public()), Image: cfg.Image, Head: cfg.Head,
 			MAC: cfg.MAC, Address: cfg.Address,
 		},
 	}
+	a.inv.CRIU.Reason = "it is still being tried out"
 	a.server = agentapi.New(a, a.log)
 	if err := os.MkdirAll(filepath.Dir(cfg.Socket), 0o755); err != nil {
 		return fault.New(fault.Environment, "make", filepath.Dir(cfg.Socket), err, "run this as root, or give --socket")
@@ -183,37 +185,43 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-// probe tries CRIU out and fills the inventory. The node joins whatever the
-// result is; it is told to the others.
+// probe tries CRIU out. The node enrols meanwhile and joins whatever the
+// result is; it is told to head and members when it is there.
 func (a *Agent) probe(ctx context.Context) {
-	inv := inventory.Read()
+	defer close(a.probed)
 	st := criu.Status{CRIUStatus: api.CRIUStatus{Reason: a.cfg.NoCRIU}}
 	if a.cfg.NoCRIU == "" {
 		st = criu.Probe(ctx, a.cfg.Bundle, a.cfg.StateDir, a.log)
+	}
+	if ctx.Err() != nil {
+		return
 	}
 	if st.Usable {
 		a.log.Info("criu works", "version", st.Version, "env", st.Tool.Env)
 	} else {
 		a.log.Warn("criu is unusable: this node takes only jobs placed at start", "why", st.Reason)
 	}
-	inv.CRIU = st.CRIUStatus
 	a.mu.Lock()
-	a.inv, a.status.CRIU = inv, st.CRIUStatus
+	a.inv.CRIU, a.status.CRIU = st.CRIUStatus, st.CRIUStatus
 	a.mu.Unlock()
-	close(a.probed)
 	a.wake()
 }
 
-// inventory waits for the probe's result, within its own time limits.
-func (a *Agent) inventory(ctx context.Context) (api.Inventory, bool) {
-	select {
-	case <-a.probed:
-	case <-ctx.Done():
-		return api.Inventory{}, false
-	}
+// inventory is this machine as far as it is known now.
+func (a *Agent) inventory() api.Inventory {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.inv, true
+	return a.inv
+}
+
+// isProbed reports whether CRIU's part of the inventory is final.
+func (a *Agent) isProbed() bool {
+	select {
+	case <-a.probed:
+		return true
+	default:
+		return false
+	}
 }
 
 // set changes the state that is shown; it says so in the log when it is new.
@@ -333,7 +341,7 @@ func (a *Agent) locate() (place, api.AgentState, error) {
 			if st.MAC != "" {
 				a.edit(func(s *api.AgentStatus) { s.MAC = st.MAC })
 			}
-			return p, st.State, errText(st.Reason)
+			return p, st.State, errText(first(st.Reason, "waiting for an address"))
 		}
 		p.mac, p.address = st.MAC, st.Address
 	}

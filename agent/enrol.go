@@ -133,10 +133,6 @@ func (a *Agent) enrol(ctx context.Context, p place) *credentials {
 
 // enrolOnce is one question and what its answer means.
 func (a *Agent) enrolOnce(ctx context.Context, hc *http.Client, p place, wait time.Duration, n int) (*credentials, verdict) {
-	inv, ok := a.inventory(ctx)
-	if !ok {
-		return nil, verdict{}
-	}
 	if a.cfg.JoinFile != "" { // a restarted head has left a new nonce
 		if t, err := readTicket(a.cfg.JoinFile); err == nil && t.CA == p.ca {
 			p.nonce = t.Nonce
@@ -149,7 +145,7 @@ func (a *Agent) enrolOnce(ctx context.Context, hc *http.Client, p place, wait ti
 	host, _ := os.Hostname()
 	req := api.EnrolRequest{
 		Protocol: version.Protocol, CSR: csr, Nonce: p.nonce, MAC: p.mac, Address: p.address,
-		Image: a.cfg.Image, Hostname: host, Inventory: inv, WaitMillis: int(wait.Milliseconds()),
+		Image: a.cfg.Image, Hostname: host, Inventory: a.inventory(), WaitMillis: int(wait.Milliseconds()),
 	}
 	var reply api.EnrolReply
 	if err := unixhttp.DoJSON(ctx, hc, http.MethodPost, p.head+api.PathEnrol, req, &reply); err != nil {

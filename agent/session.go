@@ -45,13 +45,11 @@ func (a *Agent) session(ctx context.Context, p place) {
 		a.log.Debug("no earlier membership", "why", err)
 	} else {
 		a.log.Info("membership of before the restart is still good", "node", cred.node)
-		// The probe's result is wanted in what the others hear of us.
-		if _, ok := a.inventory(ctx); !ok {
-			return
-		}
 	}
+	told := cred != nil // the head knows whether CRIU works here
 	for ctx.Err() == nil {
 		if cred == nil {
+			told = a.isProbed()
 			if cred = a.enrol(ctx, p); cred == nil {
 				return
 			}
@@ -59,7 +57,7 @@ func (a *Agent) session(ctx context.Context, p place) {
 		if err := cred.save(a.cfg.StateDir); err != nil {
 			a.log.Warn("membership not kept: a restart of the agent will enrol again", "why", err)
 		}
-		if err := a.belong(ctx, p, cred); err != nil {
+		if err := a.belong(ctx, p, cred, told); err != nil {
 			a.set(api.StateNoHead, err.Error())
 			sleep(ctx, backoff(2, rand.Float64()))
 		}
@@ -82,7 +80,7 @@ func (a *Agent) watchNet(ctx context.Context, p place, leave func()) {
 
 // belong is the time as a member. It returns an error when membership could
 // not begin, and nil when it ended.
-func (a *Agent) belong(ctx context.Context, p place, cred *credentials) error {
+func (a *Agent) belong(ctx context.Context, p place, cred *credentials, told bool) error {
 	ctx, end := context.WithCancel(ctx)
 	m := &member{loads: load.NewTable(cred.node)}
 	m.cred.Store(cred)
@@ -94,12 +92,13 @@ func (a *Agent) belong(ctx context.Context, p place, cred *credentials) error {
 		end()
 		return fault.New(fault.Environment, "listen for members on", p.address, err, "is another agent running here?")
 	}
-	a.mu.Lock()
-	migration := a.inv.CRIU.Usable
-	a.mu.Unlock()
+	meta := membership.Meta{
+		Node: cred.node, APIPort: a.cfg.APIPort, Migration: a.inventory().CRIU.Usable,
+		Fingerprint: identity.Fingerprint(a.key.Public()),
+	}
 	m.group, err = membership.Start(membership.Config{
 		Node: cred.node, Address: p.address, Port: a.cfg.GossipPort,
-		Meta: membership.Meta{Node: cred.node, APIPort: a.cfg.APIPort, Migration: migration, Fingerprint: identity.Fingerprint(a.key.Public())},
+		Meta: meta,
 		Receive: func(msg []byte) {
 			if err := m.loads.Take(msg, time.Now(), m.allowed); err != nil {
 				a.log.Debug("load message dropped", "why", err)
@@ -133,6 +132,20 @@ func (a *Agent) belong(ctx context.Context, p place, cred *credentials) error {
 		}
 	})
 	wg.Go(func() { a.gossip(ctx, m) })
+	wg.Go(func() {
+		select {
+		case <-a.probed:
+		case <-ctx.Done():
+			return
+		}
+		meta.Migration = a.inventory().CRIU.Usable
+		if err := m.group.SetMeta(meta); err != nil {
+			a.log.Debug("not everybody has heard yet whether CRIU works here", "why", err)
+		}
+		if !told {
+			a.readmit(ctx, p, m, false)
+		}
+	})
 	wg.Go(func() { defer end(); a.follow(ctx, p, m) })
 	<-ctx.Done()
 	// Say goodbye before the sockets close.

@@ -37,6 +37,8 @@ const (
 // IP's and UDP's headers it fits one Ethernet frame with room for a tunnel.
 const MaxMessage = 1300
 
+const maxEntries = (MaxMessage - headerLen) / entryLen
+
 // Aged is a vector and the time since it was measured.
 type Aged struct {
 	api.LoadVector
@@ -48,7 +50,7 @@ var ErrVersion = errors.New("load message of another version")
 
 // encode makes a message of as many of the vectors as fit.
 func encode(list []Aged) []byte {
-	list = list[:min(len(list), (MaxMessage-headerLen)/entryLen)]
+	list = list[:min(len(list), maxEntries)]
 	b := make([]byte, 0, headerLen+len(list)*entryLen)
 	b = append(b, Kind, version)
 	be := binary.BigEndian
