@@ -96,7 +96,6 @@ func Listen(ctx context.Context, ifname string) (net.PacketConn, error) {
 	only.Accept(ipv6.ICMPTypeRouterSolicitation)
 	if err := errors.Join(
 		p.SetICMPFilter(&only),
-		p.SetControlMessage(ipv6.FlagHopLimit, true),
 		p.SetHopLimit(hopLimit),
 		p.JoinGroup(ifi, &net.IPAddr{IP: net.IPv6linklocalallrouters}),
 	); err != nil {
@@ -114,6 +113,10 @@ func (s *Server) Serve(ctx context.Context, conn net.PacketConn) error {
 		log = slog.New(slog.DiscardHandler)
 	}
 	p := ipv6.NewPacketConn(conn)
+	// Of each PacketConn, not of the socket: it decides what ReadFrom tells.
+	if err := p.SetControlMessage(ipv6.FlagHopLimit, true); err != nil {
+		return err
+	}
 	buf := make([]byte, 1500)
 	for {
 		n, cm, from, err := p.ReadFrom(buf)
