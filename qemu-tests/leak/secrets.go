@@ -29,9 +29,10 @@ type Secret struct {
 // 64 bits.
 const minSecret = 8
 
-// public are fields of stored records that describe the image or the machine
-// and not the cluster. All other fields are searched for, new ones too.
-var public = []string{"image", "offered", "inventory", "name", "address", "state", "role", "liveness",
+// public are fields of stored records that describe the image or the machine,
+// or are words and addresses that any program may hold. All other fields are
+// searched for, new ones too.
+var public = []string{"image", "offered", "inventory", "name", "address", "source", "state", "role", "liveness",
 	"first_seen", "last_seen", "since", "expires", "until", "alert"}
 
 // publicMeta are values of the store that are no secrets by themselves.
