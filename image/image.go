@@ -11,6 +11,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"embed"
 	"errors"
@@ -149,13 +150,14 @@ func (b *builder) build(ctx context.Context, out *output) (*imageset.Manifest, e
 // check refuses what cannot be built before any work is done.
 func (o *Options) check() error {
 	var all fault.List
-	if o.Arch != "" && profile.Archs[o.Arch] == "" {
-		all.Addf("--arch %s: there are amd64 and 386", o.Arch)
-	} else if o.Arch != "" && o.Arch != o.Profile.Arch {
-		all.Addf("--arch %s: profile %s is for %s", o.Arch, o.Profile.Name, o.Profile.Arch)
-	}
-	if o.Profile.Arch != "amd64" {
-		all.Addf("profile %s is for %s: this version of mosimg builds images for amd64 only", o.Profile.Name, o.Profile.Arch)
+	arch := cmp.Or(o.Arch, o.Profile.Arch)
+	switch {
+	case profile.Archs[arch] == "":
+		all.Addf("--arch %s: there are amd64 and 386", arch)
+	case arch != "amd64":
+		all.Addf("architecture %s: this version of mosimg builds images for amd64 only", arch)
+	case arch != o.Profile.Arch:
+		all.Addf("--arch %s: profile %s is for %s", arch, o.Profile.Name, o.Profile.Arch)
 	}
 	for _, kind := range o.Outputs {
 		if !slices.Contains(Outputs, kind) {

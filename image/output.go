@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -52,7 +53,7 @@ func newOutput(dir string) (*output, error) {
 		return nil, bad(err, "choose another with -o")
 	}
 	prefix := "." + filepath.Base(abs) + ".mosimg-"
-	cache.RemoveStale(o.parent, prefix+"*")
+	cache.RemoveStale(o.parent, prefix)
 	if o.tmp, err = cache.NewTempDir(o.parent, prefix); err != nil {
 		o.removeParents()
 		return nil, bad(err, "the folder above it must be writable; choose another with -o")
@@ -80,6 +81,9 @@ func (o *output) replaceable() error {
 		return refuse(err, "")
 	case !st.IsDir():
 		return refuse("it is a file", "choose another with -o")
+	}
+	if wd, err := os.Getwd(); err == nil && (wd == o.dir || strings.HasPrefix(wd, o.dir+"/")) {
+		return refuse("it is or contains the current folder, which would be deleted under you", "cd out of it, or choose another with -o")
 	}
 	entries, err := os.ReadDir(o.dir)
 	if err != nil {

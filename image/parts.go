@@ -172,7 +172,7 @@ var (
 		{"root", 0, "/root", "root", "/bin/sh"},
 		{"nobody", 65534, "/nonexistent", "nobody", "/usr/sbin/nologin"},
 	}
-	headUsers = append([]user{{"demo", 1000, "/home/demo", "demonstration", "/bin/sh"}}, nodeUsers...)
+	headUsers = append(nodeUsers[:len(nodeUsers):len(nodeUsers)], user{"demo", 1000, "/home/demo", "demonstration", "/bin/sh"})
 )
 
 // users writes the user and group databases.

@@ -79,7 +79,7 @@ func Open(ctx context.Context, o Options) (*Archive, error) {
 		roots = []string{strings.TrimRight(o.Mirror, "/")}
 	}
 	if len(roots) == 0 {
-		return nil, fault.New(fault.Environment, "find", "a mirror for suite "+o.Suite, "this machine's apt names no Debian archive", "name one with --mirror URL")
+		return nil, fault.New(fault.Environment, "find a mirror for", "suite "+o.Suite, "this machine's apt names no Debian archive", "name one with --mirror URL")
 	}
 	main, err := a.openFirst(ctx, o.Suite, roots)
 	if err != nil {
@@ -139,7 +139,7 @@ func (a *Archive) openFirst(ctx context.Context, suite string, roots []string) (
 	if len(roots) == 0 {
 		faults.Addf("no mirror for it is known")
 	}
-	return nil, faults.Err(kind, "open suite", suite, "try another --mirror, or check the network and apt's sources")
+	return nil, faults.Err(kind, "find a mirror for", "suite "+suite, "name another with --mirror, or check the network and apt's sources")
 }
 
 // stored is an InRelease file in the cache with what is needed to ask whether
@@ -177,9 +177,9 @@ func (a *Archive) openSuite(ctx context.Context, suite, root string) (*Suite, er
 			return &Suite{suite, root, hexSum(old.InRelease), oldRelease}, nil
 		}
 		if notThere(err) {
-			return nil, fault.New(fault.NotFound, "open suite", suite, err, "")
+			return nil, fault.New(fault.NotFound, "fetch", "InRelease", err, "")
 		}
-		return nil, fault.New(fault.Unavailable, "open suite", suite, err, "")
+		return nil, fault.New(fault.Unavailable, "fetch", "InRelease", err, "")
 	}
 	if data == nil || oldRelease != nil && bytes.Equal(data, old.InRelease) {
 		cache.Use(file)

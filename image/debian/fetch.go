@@ -1,6 +1,7 @@
 package debian
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -30,10 +31,12 @@ type Fetcher struct {
 	Log      *slog.Logger // nil is silent
 
 	client *http.Client
+	pause  time.Duration // for tests; 0 means fetchPause
 }
 
 const (
 	fetchTries  = 4
+	smallTries  = 2 // for an index: there are other mirrors, or the one in the cache
 	fetchPause  = 500 * time.Millisecond // before the second try; doubled each time
 	connectTime = 20 * time.Second       // to the first byte of the answer
 	idleTime    = 30 * time.Second       // without a byte: the transfer hangs
@@ -78,7 +81,7 @@ func (f *Fetcher) http() *http.Client {
 func (f *Fetcher) Small(ctx context.Context, rawURL string, limit int64, since http.Header) ([]byte, http.Header, error) {
 	var data []byte
 	var header http.Header
-	err := f.retry(ctx, rawURL, func(ctx context.Context) error {
+	err := f.retry(ctx, rawURL, smallTries, func(ctx context.Context) error {
 		body, h, err := f.open(ctx, rawURL, 0, since)
 		if err != nil || body == nil {
 			data = nil
@@ -159,7 +162,7 @@ func isLocal(err error) bool {
 func (f *Fetcher) download(ctx context.Context, name, rawURL string, part *os.File, size int64, sum string) error {
 	resumed := false
 	for {
-		err := f.retry(ctx, rawURL, func(ctx context.Context) error {
+		err := f.retry(ctx, rawURL, fetchTries, func(ctx context.Context) error {
 			st, err := part.Stat()
 			if err != nil {
 				return err
@@ -266,6 +269,10 @@ func (f *Fetcher) open(ctx context.Context, rawURL string, offset int64, since h
 	res, err := f.http().Do(req)
 	if err != nil {
 		cancel(nil)
+		var wrapped *url.Error
+		if errors.As(err, &wrapped) {
+			err = wrapped.Err // retry names the URL
+		}
 		return nil, nil, err
 	}
 	fail := func(err error) (io.ReadCloser, http.Header, error) {
@@ -293,10 +300,9 @@ func (f *Fetcher) open(ctx context.Context, rawURL string, offset int64, since h
 	return body, res.Header, nil
 }
 
-// retry runs try until it succeeds, with growing pauses, a bounded number of
-// times. Answers that will not change and faults of this machine end it.
-func (f *Fetcher) retry(ctx context.Context, rawURL string, try func(context.Context) error) error {
-	pause := fetchPause
+// retry runs try until it succeeds, with growing pauses, at most tries times. Answers that will not change and faults of this machine end it.
+func (f *Fetcher) retry(ctx context.Context, rawURL string, tries int, try func(context.Context) error) error {
+	pause := cmp.Or(f.pause, fetchPause)
 	for n := 1; ; n++ {
 		err := try(ctx)
 		if err == nil {
@@ -306,10 +312,14 @@ func (f *Fetcher) retry(ctx context.Context, rawURL string, try func(context.Con
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if n == fetchTries || errors.As(err, &gone) || isLocal(err) {
+		if n == tries || errors.As(err, &gone) || isLocal(err) {
 			return fmt.Errorf("%s: %w", rawURL, err)
 		}
-		f.log().Warn("fetch failed, trying again", "url", rawURL, "try", n, "error", err)
+		level := slog.LevelDebug // the first failure is often a hiccup
+		if n > 1 {
+			level = slog.LevelWarn
+		}
+		f.log().Log(ctx, level, "fetch failed, trying again", "url", rawURL, "try", n, "error", err)
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

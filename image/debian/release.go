@@ -42,11 +42,11 @@ type IndexFile struct {
 func LoadKeyring(path string) (openpgp.EntityList, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		hint := "name one with --keyring"
+		kind, hint := fault.Usage, "name another with --keyring"
 		if path == DefaultKeyring {
-			hint = "install the package debian-archive-keyring, or name a keyring with --keyring"
+			kind, hint = fault.Environment, "install the package debian-archive-keyring, or name a keyring with --keyring"
 		}
-		return nil, fault.New(fault.Environment, "read keyring", path, errors.Unwrap(err), hint)
+		return nil, fault.New(kind, "read keyring", path, errors.Unwrap(err), hint)
 	}
 	read := openpgp.ReadKeyRing
 	if bytes.HasPrefix(bytes.TrimSpace(data), []byte("-----BEGIN")) {

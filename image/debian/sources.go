@@ -48,8 +48,10 @@ func ReadHost(ctx context.Context, root string) *Host {
 			h.addDeb822(data)
 		}
 	}
-	if out, err := exec.CommandContext(ctx, "apt-config", "dump").Output(); err == nil {
-		h.proxies = parseProxies(string(out))
+	if root == "/" {
+		if out, err := exec.CommandContext(ctx, "apt-config", "dump").Output(); err == nil {
+			h.proxies = parseProxies(string(out))
+		}
 	}
 	return h
 }

@@ -140,7 +140,9 @@ func (e *Entry) equal(o *Entry) bool {
 // AddCPIO adds the folders, files and symbolic links of a cpio archive. f must
 // stay open until the tree is written.
 func (t *Tree) AddCPIO(f io.ReaderAt) error {
+	records := 0
 	err := cpio.ForEachRecord(cpio.Newc.Reader(f), func(r cpio.Record) error {
+		records++
 		perm := fs.FileMode(r.Mode & 0o777)
 		switch r.Mode & cpio.S_IFMT {
 		case cpio.S_IFDIR:
@@ -158,6 +160,9 @@ func (t *Tree) AddCPIO(f io.ReaderAt) error {
 		}
 		return nil
 	})
+	if err == nil && records == 0 {
+		err = errors.New("archive: nothing in it")
+	}
 	return errors.Join(err, t.err)
 }
 

@@ -236,7 +236,8 @@ func (t *Toolchain) UtilitySources() (map[string]string, error) {
 	in := map[string]string{"go": t.Version}
 	var files []string
 	err := filepath.WalkDir(filepath.Join(t.Dir, utilities), func(path string, d fs.DirEntry, err error) error {
-		if err == nil && d.Type().IsRegular() {
+		switch filepath.Ext(path) {
+		case ".go", ".mod", ".sum":
 			files = append(files, path)
 		}
 		return err
