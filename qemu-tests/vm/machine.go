@@ -145,7 +145,10 @@ func (m *Machine) talk(ctx context.Context, conn net.Conn) error {
 	if err != nil {
 		m.kill()
 		<-m.done
-		return errors.Join(err, m.ended())
+		if errors.Is(err, errQMPClosed) {
+			return m.ended()
+		}
+		return err
 	}
 	m.qmp = q
 	return nil
