@@ -62,7 +62,7 @@ func newNode(t *testing.T, h *testHead) *node {
 		MAC: fmt.Sprintf("52:54:00:00:00:%02x", i), Address: fmt.Sprintf("127.0.7.%d", i),
 		StateDir: filepath.Join(dir, "state"), Socket: filepath.Join(dir, "s"),
 		NoCRIU: "not in this test", APIPort: a, GossipPort: g,
-		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})).With("on", i),
+		Log:      slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})).With("on", i),
 		setClock: func(time.Time) error { return errors.New("no clock here") },
 	}}
 }
@@ -439,4 +439,3 @@ func TestUnknownPathIsAProblem(t *testing.T) {
 		}
 	}
 }
-

@@ -201,6 +201,13 @@ func (m *machine) serve() ending {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go m.guarded("reaper", func() { m.reaper.run(ctx) })
+	if m.mods != nil {
+		go m.guarded("drivers", func() {
+			if err := m.watchDevices(ctx); err != nil {
+				m.log.Warn("devices that appear later get no driver", "why", err)
+			}
+		})
+	}
 
 	list := m.services()
 	stops := make([]context.CancelFunc, len(list))

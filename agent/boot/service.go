@@ -55,13 +55,13 @@ func (m *machine) keep(ctx context.Context, s *service) {
 			return
 		}
 		delay = nextDelay(delay, time.Since(began))
-		text := status
+		what, text := "service ended", status
 		if err != nil {
-			text = err.Error()
+			what, text = "service not started", err.Error()
 		}
 		// A service that fails for the same reason again says so once.
 		if text != told {
-			m.log.Warn("service ended", "service", s.name, "why", text, "again_in", delay)
+			m.log.Warn(what, "service", s.name, "why", text, "again_in", delay)
 			told = text
 		}
 		select {
