@@ -250,7 +250,12 @@ func (a *Agent) readmit(ctx context.Context, p place, m *member, rejected bool) 
 	case ctx.Err() != nil:
 		return true
 	case v.in && cred.node == m.cred.Load().node:
-		a.replace(m, func(*credentials) *credentials { return cred })
+		a.replace(m, func(old *credentials) *credentials {
+			if !rejected && old.cert.NotAfter.After(cred.cert.NotAfter) {
+				return cred.withCert(old.cert) // renewed meanwhile
+			}
+			return cred
+		})
 		return true
 	case v.in, rejected && v.state != api.StateNoHead:
 		a.log.Warn("membership taken back by the head", "state", v.state, "why", v.reason)
