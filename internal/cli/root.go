@@ -80,11 +80,11 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 		return fault.New(fault.Usage, "read flags of", c.CommandPath(), err, "see: "+c.CommandPath()+" --help")
 	})
 	for _, verb := range []func(*Env) *cobra.Command{
-		// one line for each verb: newBuildCmd, newHeadCmd, newNodeCmd, newLabCmd
 		newBuildCmd,
 		newHeadCmd,
 		newNodeCmd,
 		newLabCmd,
+		newBenchCmd,
 	} {
 		root.AddCommand(verb(env))
 	}

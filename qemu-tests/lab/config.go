@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"mosimg/internal/fault"
+	"mosimg/internal/imageset"
 	"mosimg/qemu-tests/vm"
 	"mosimg/qemu-tests/vswitch"
 )
@@ -49,6 +50,10 @@ type NodeConfig struct {
 	CPUs     int          // 0 is 1
 	NIC      string       // "" is virtio-net-pci
 	Link     vswitch.Link // zero is unlimited
+	// Args is a kernel command line. With it the machine is given kernel
+	// and initramfs by QEMU and boots without firmware and network: what a
+	// network boot is compared with. "" boots by PXE.
+	Args string
 }
 
 // Config is a lab. Images is needed, everything else has a default.
@@ -110,10 +115,14 @@ func newPlan(c Config, kernel, dir, sockets string) (plan, error) {
 		if n.Name == "" {
 			n.Name = fmt.Sprintf("n%d", i+1)
 		}
-		add(vm.Config{
+		m := vm.Config{
 			Name: n.Name, MAC: NodeMAC(i + 1), Firmware: n.Firmware,
 			MemoryMB: orDefault(n.MemoryMB, defaultNodeMB), CPUs: n.CPUs, NIC: n.NIC,
-		}, n.Link)
+		}
+		if n.Args != "" {
+			m.Kernel, m.Initrd, m.Append = kernel, filepath.Join(filepath.Dir(kernel), imageset.Initramfs), n.Args
+		}
+		add(m, n.Link)
 	}
 	return p, l.Err(fault.Usage, "lay out lab", "", "")
 }

@@ -21,6 +21,9 @@ type Machine struct {
 	mac   vswitch.MAC
 	port  *vswitch.Port
 	stage atomic.Int32
+	// reachedAt is when each stage was first seen since power on, in Unix
+	// nanoseconds, 0 for never.
+	reachedAt [len(stageNames)]atomic.Int64
 
 	mu      sync.Mutex // guards the following
 	vm      *vm.Machine
@@ -50,6 +53,7 @@ func (m *Machine) Port() *vswitch.Port { return m.port }
 func (m *Machine) Stage() Stage { return Stage(m.stage.Load()) }
 
 func (m *Machine) reached(s Stage) {
+	m.reachedAt[s].CompareAndSwap(0, time.Now().UnixNano())
 	for {
 		old := m.stage.Load()
 		if int32(s) <= old || m.stage.CompareAndSwap(old, int32(s)) {
@@ -87,6 +91,9 @@ func (m *Machine) PowerOn(ctx context.Context) error {
 	m.mu.Unlock()
 	m.lab.sw.ForgetFirst(m.mac)
 	m.stage.Store(int32(Silent))
+	for i := range m.reachedAt {
+		m.reachedAt[i].Store(0)
+	}
 	running, err := vm.Start(ctx, m.lab.host, m.cfg, m.lab.log)
 	if err != nil {
 		m.stage.Store(int32(Off))
@@ -132,6 +139,37 @@ func (m *Machine) Joined() time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.joined
+}
+
+// Took is how long the machine took from power on to a stage, 0 while it is
+// not there.
+func (m *Machine) Took(s Stage) time.Duration {
+	at := m.reachedAt[s].Load()
+	if at == 0 {
+		return 0
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return time.Unix(0, at).Sub(m.on)
+}
+
+// AwaitStage waits until the machine is at a stage or beyond, or cannot get
+// there any more.
+func (m *Machine) AwaitStage(ctx context.Context, s Stage) error {
+	ctx, cancel := context.WithTimeout(ctx, m.lab.limits.join)
+	defer cancel()
+	ctx, stop := m.failFast(ctx)
+	defer stop()
+	look := time.NewTicker(200 * time.Millisecond)
+	defer look.Stop()
+	for m.Stage() < s {
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s until it %s: %w; it %s", m.Name(), s, context.Cause(ctx), m.Stage())
+		}
+	}
+	return nil
 }
 
 // PowerOff pulls the machine's plug. It may be off already.
