@@ -24,6 +24,9 @@ import (
 // their script just before a publish.
 const keepOld = 3
 
+// retry is the pause before a store that cannot be used is read again.
+const retry = 2 * time.Second
+
 // File is one file of a set, open for good. It may be read concurrently.
 type File struct {
 	imageset.File
@@ -76,9 +79,13 @@ type Store struct {
 	log *slog.Logger
 
 	// mu guards the following.
-	mu      sync.Mutex
-	stamp   string // what the store looked like when it was read
-	fault   string // last fault reported
+	mu    sync.Mutex
+	stamp string // what the store looked like when it was read
+	fault string // last fault reported
+	// failed is the state of the store that could not be used; it is tried
+	// again after retryAt, since each try may read all of it.
+	failed  string
+	retryAt time.Time
 	current map[string]*Set
 	old     []*Set // superseded, newest first
 }
@@ -155,12 +162,13 @@ func (s *Store) ByHash(sha, base string) *File {
 // refresh reads the store again if it looks different. s.mu is held.
 func (s *Store) refresh() {
 	stamp := stampOf(s.dir)
-	if stamp == s.stamp {
+	if stamp == s.stamp || stamp == s.failed && time.Now().Before(s.retryAt) {
 		return
 	}
 	// A build may be half-way through replacing the folder: then the sets
 	// read last stay, and the next request looks again.
 	if err := s.load(); err != nil {
+		s.failed, s.retryAt = stamp, time.Now().Add(retry)
 		if text := err.Error(); text != s.fault {
 			s.fault = text
 			s.log.Warn("image store changed but cannot be used; the sets read before are served on", "error", text)
