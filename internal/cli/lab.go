@@ -153,6 +153,11 @@ func (l *labCmd) up(ctx context.Context) error {
 	if l.dryRun {
 		return l.plan(cfg)
 	}
+	// Refused here rather than in the other process: what is missing does
+	// not need one to be told.
+	if err := lab.Check(cfg); err != nil {
+		return err
+	}
 	self, err := os.Executable()
 	if err != nil {
 		return fault.New(fault.Environment, "start lab", "", err, "")
@@ -160,6 +165,9 @@ func (l *labCmd) up(ctx context.Context) error {
 	ctx, release := holdSignals(ctx)
 	defer release()
 	kept, err := lab.Detach(ctx, []string{self, "lab", serveVerb}, cfg, l.env.Stderr)
+	if lab.Interrupted(err) {
+		return errInterrupted
+	}
 	if err != nil {
 		return failed(err, kept)
 	}
@@ -170,6 +178,8 @@ func (l *labCmd) up(ctx context.Context) error {
 	fmt.Fprintf(l.env.Stdout, "lab is up: a head and %d nodes, in %s\n  mosimg lab exec%s head -- mosmon --once\n  mosimg lab down%s\n", l.nodes, l.dir, suffix, suffix)
 	return nil
 }
+
+var errInterrupted = errors.New("interrupted; everything is switched off and removed")
 
 // failed adds to a failure where its evidence is.
 func failed(err error, kept string) error {
@@ -447,7 +457,7 @@ func (l *labCmd) play(ctx context.Context, names []string) error {
 	}
 	if lab.Interrupted(err) {
 		lb.Close(nil)
-		return errors.New("interrupted; everything is switched off and removed")
+		return errInterrupted
 	}
 	kept := lb.Close(err)
 	if l.asJSON {

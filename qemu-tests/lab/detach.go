@@ -27,6 +27,11 @@ import (
 //	                 a verdict means that the lab crashed
 const reportFD = 3
 
+// detachedEnv marks the lab's process. A program that does not know the verb
+// it was started with, such as a test, may come back to Detach: that must not
+// start another process, and so on.
+const detachedEnv = "MOSIMG_LAB_DETACHED"
+
 // report is one line from a lab that comes up.
 type report struct {
 	Say   string `json:"say,omitempty"`
@@ -42,12 +47,16 @@ type report struct {
 // its evidence, or "".
 func Detach(ctx context.Context, argv []string, c Config, progress io.Writer) (kept string, err error) {
 	const op = "start lab"
+	if os.Getenv(detachedEnv) != "" {
+		return "", fault.New(fault.Refused, op, c.Dir, "this process is a detached lab itself", "")
+	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return "", fault.New(fault.Environment, op, "", err, "")
 	}
 	defer r.Close()
 	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Env = append(os.Environ(), detachedEnv+"=1")
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	stdin, err := cmd.StdinPipe()

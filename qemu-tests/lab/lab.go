@@ -70,6 +70,12 @@ func New(c Config, progress io.Writer, log *slog.Logger) (*Lab, error) {
 	return l, nil
 }
 
+// Check refuses what New would refuse for want of images, programs or memory.
+func Check(c Config) error {
+	_, _, err := check(c)
+	return err
+}
+
 // check refuses what cannot work, before anything is made.
 func check(c Config) (*imageset.Set, vm.Host, error) {
 	set, err := openImages(c.Images)
