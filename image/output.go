@@ -65,6 +65,8 @@ func newOutput(dir string) (*output, error) {
 	return o, nil
 }
 
+const mountHint = "name a folder below it with -o"
+
 // replaceable refuses a folder with anything in it that is not of an image
 // set: swapping the set in would delete it.
 func (o *output) replaceable() error {
@@ -84,6 +86,9 @@ func (o *output) replaceable() error {
 	}
 	if wd, err := os.Getwd(); err == nil && (wd == o.dir || strings.HasPrefix(wd, o.dir+"/")) {
 		return refuse("it is or contains the current folder, which would be deleted under you", "cd out of it, or choose another with -o")
+	}
+	if up, err := os.Stat(o.parent); err == nil && up.Sys().(*syscall.Stat_t).Dev != st.Sys().(*syscall.Stat_t).Dev {
+		return refuse("it is a mounted folder, which cannot be replaced", mountHint)
 	}
 	entries, err := os.ReadDir(o.dir)
 	if err != nil {
@@ -141,7 +146,7 @@ func (o *output) publish() error {
 	if err != nil {
 		hint := ""
 		if errors.Is(err, unix.EBUSY) {
-			hint = "a mounted folder cannot be replaced; name one below it with -o"
+			hint = mountHint
 		}
 		return fault.New(fault.Environment, "publish image set", o.dir, err, hint)
 	}

@@ -36,7 +36,7 @@ type Fetcher struct {
 
 const (
 	fetchTries  = 4
-	smallTries  = 2 // for an index: there are other mirrors, or the one in the cache
+	smallTries  = 2                      // for an index: there are other mirrors, or the one in the cache
 	fetchPause  = 500 * time.Millisecond // before the second try; doubled each time
 	connectTime = 20 * time.Second       // to the first byte of the answer
 	idleTime    = 30 * time.Second       // without a byte: the transfer hangs
@@ -228,6 +228,8 @@ func (f *Fetcher) append(ctx context.Context, name, rawURL string, part *os.File
 	switch {
 	case have+n > size:
 		return errors.Join(part.Truncate(0), errGone{fmt.Sprintf("it has more than the %d bytes that the signed index says", size)})
+	case have+n < size && header == nil: // a file: it stays as short as it is
+		return errGone{fmt.Sprintf("it has %d bytes, the signed index says %d", have+n, size)}
 	case have+n < size:
 		return io.ErrUnexpectedEOF
 	}
