@@ -77,7 +77,7 @@ func sockets(proc, proto string) []socket {
 	devices := boundDevices(proto)
 	var out []socket
 	for _, name := range []string{proto, proto + "6"} {
-		f, err := os.Open(filepath.Join(proc, "net", name))
+		f, err := os.Open(filepath.Join(proc, "thread-self/net", name))
 		if err != nil {
 			continue
 		}
