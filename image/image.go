@@ -82,7 +82,7 @@ type StepTime struct {
 type builder struct {
 	Options
 	cache   *cache.Cache
-	go_     *gobuild.Toolchain
+	golang  *gobuild.Toolchain
 	fetcher *debian.Fetcher
 	archive *debian.Archive
 	engine  *steps.Engine
@@ -195,7 +195,7 @@ func openCache(dir string) (*cache.Cache, error) {
 }
 
 func (b *builder) findSources(ctx context.Context) (err error) {
-	b.go_, err = gobuild.Find(ctx, b.Source, b.Profile.Arch)
+	b.golang, err = gobuild.Find(ctx, b.Source, b.Profile.Arch)
 	return err
 }
 

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -195,7 +196,7 @@ func makeParents(dir string) (made []string, err error) {
 }
 
 func (o *output) removeParents() {
-	for i := len(o.made) - 1; i >= 0; i-- {
-		os.Remove(o.made[i]) // only while empty
+	for _, v := range slices.Backward(o.made) {
+		os.Remove(v) // only while empty
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"mosimg/image/debian"
@@ -47,15 +48,15 @@ const (
 
 // parts makes the steps. They are independent of each other.
 func (b *builder) parts(ctx context.Context) ([]*steps.Step, error) {
-	agentSources, err := b.go_.Sources(ctx, "./cmd/mosagent")
+	agentSources, err := b.golang.Sources(ctx, "./cmd/mosagent")
 	if err != nil {
 		return nil, err
 	}
-	toolSources, err := b.go_.Sources(ctx, "./cmd/mosimg")
+	toolSources, err := b.golang.Sources(ctx, "./cmd/mosimg")
 	if err != nil {
 		return nil, err
 	}
-	utilitySources, err := b.go_.UtilitySources()
+	utilitySources, err := b.golang.UtilitySources()
 	if err != nil {
 		return nil, err
 	}
@@ -172,7 +173,7 @@ var (
 		{"root", 0, "/root", "root", "/bin/sh"},
 		{"nobody", 65534, "/nonexistent", "nobody", "/usr/sbin/nologin"},
 	}
-	headUsers = append(nodeUsers[:len(nodeUsers):len(nodeUsers)], user{"demo", 1000, "/home/demo", "demonstration", "/bin/sh"})
+	headUsers = append(slices.Clip(nodeUsers), user{"demo", 1000, "/home/demo", "demonstration", "/bin/sh"})
 )
 
 // users writes the user and group databases.
@@ -201,7 +202,7 @@ func (b *builder) utilitiesStep(sources map[string]string) *steps.Step {
 		Name: stepUtilities, Inputs: in, Code: []fs.FS{source, archive.Source, gobuild.Source},
 		Run: func(ctx context.Context, job *steps.Job) error {
 			raw := filepath.Join(job.Tmp, "utilities.cpio")
-			if err := b.go_.Utilities(ctx, b.Profile.Utilities, raw, job.Tmp); err != nil {
+			if err := b.golang.Utilities(ctx, b.Profile.Utilities, raw, job.Tmp); err != nil {
 				return err
 			}
 			t := &archive.Tree{MTime: b.mtime}
@@ -218,7 +219,7 @@ func (b *builder) utilitiesStep(sources map[string]string) *steps.Step {
 			if err != nil {
 				return err
 			}
-			modules, err := b.go_.UtilityModules(ctx, b.Profile.Utilities)
+			modules, err := b.golang.UtilityModules(ctx, b.Profile.Utilities)
 			if err != nil {
 				return err
 			}
@@ -246,7 +247,7 @@ func (b *builder) programStep(name, pkg, at string, links []string, sources map[
 		Name: name, Inputs: in, Code: []fs.FS{source, archive.Source, gobuild.Source},
 		Run: func(ctx context.Context, job *steps.Job) error {
 			program := filepath.Join(job.Tmp, "program")
-			if err := b.go_.Program(ctx, pkg, release(), program, job.Tmp); err != nil {
+			if err := b.golang.Program(ctx, pkg, release(), program, job.Tmp); err != nil {
 				return err
 			}
 			data, err := os.ReadFile(program)

@@ -104,11 +104,11 @@ func NewTempDir(parent, prefix string) (*TempDir, error) {
 // to its place.
 func (t *TempDir) Keep() { t.lock.Close() }
 
-// Remove deletes the folder and all in it.
-func (t *TempDir) Remove() error {
-	err := os.RemoveAll(t.Path)
+// Remove deletes the folder and all in it. What cannot be deleted now is left
+// to the next RemoveStale.
+func (t *TempDir) Remove() {
+	os.RemoveAll(t.Path)
 	t.lock.Close()
-	return err
 }
 
 // staleAge protects a folder in the moment between its making and its lock.

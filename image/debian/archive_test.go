@@ -151,10 +151,10 @@ func TestNewestVersionOfAllSuitesWins(t *testing.T) {
 // Each of these is a build that must end, with this kind of fault, and say why.
 func TestRefusals(t *testing.T) {
 	for _, tc := range []struct {
-		name   string
-		break_ func(w *world)
-		kind   fault.Kind
-		want   string
+		name  string
+		spoil func(w *world)
+		kind  fault.Kind
+		want  string
 	}{
 		{"tampered Packages", func(w *world) {
 			w.write("dists/trixie/main/binary-amd64/Packages.gz", flip)
@@ -205,7 +205,7 @@ func TestRefusals(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			w := newWorld(t)
-			tc.break_(w)
+			tc.spoil(w)
 			_, err := w.fetch("criu")
 			if err == nil || fault.KindOf(err) != tc.kind || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("error = %v (kind %d); want kind %d with %q", err, fault.KindOf(err), tc.kind, tc.want)

@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -262,9 +263,7 @@ func (f *Fetcher) open(ctx context.Context, rawURL string, offset int64, since h
 		cancel(nil)
 		return nil, nil, errGone{err.Error()}
 	}
-	for k, v := range since {
-		req.Header[k] = v
-	}
+	maps.Copy(req.Header, since)
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
 	}
@@ -342,7 +341,7 @@ type idleReader struct {
 func (r *idleReader) Read(p []byte) (int, error) {
 	n, err := r.body.Read(p)
 	r.timer.Reset(idleTime)
-	if err != nil && err != io.EOF && r.ctx.Err() != nil {
+	if err != nil && !errors.Is(err, io.EOF) && r.ctx.Err() != nil {
 		err = context.Cause(r.ctx)
 	}
 	return n, err

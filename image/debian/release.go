@@ -38,7 +38,7 @@ type IndexFile struct {
 	SHA256 string
 }
 
-// LoadKeyring reads an OpenPGP keyring, binary or armored.
+// LoadKeyring reads an OpenPGP keyring, binary or armoured.
 func LoadKeyring(path string) (openpgp.EntityList, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -98,7 +98,7 @@ func verify(block *clearsign.Block, keys openpgp.KeyRing, now time.Time) (*openp
 	signatures := packet.NewOpaqueReader(block.ArmoredSignature.Body)
 	for {
 		p, err := signatures.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil, best
 		}
 		if err != nil {

@@ -84,8 +84,8 @@ func (h *Host) addDeb822(data []byte) {
 		if strings.EqualFold(p.Get("Enabled"), "no") || !slices.Contains(strings.Fields(p.Get("Types")), "deb") {
 			return nil
 		}
-		for _, uri := range strings.Fields(p.Get("URIs")) {
-			for _, suite := range strings.Fields(p.Get("Suites")) {
+		for uri := range strings.FieldsSeq(p.Get("URIs")) {
+			for suite := range strings.FieldsSeq(p.Get("Suites")) {
 				h.add(uri, suite)
 			}
 		}

@@ -176,7 +176,7 @@ func (p *Profile) decode(data []byte) error {
 	err := dec.Decode(p)
 	var types *yaml.TypeError
 	switch {
-	case err == io.EOF: // an empty file changes nothing
+	case errors.Is(err, io.EOF): // an empty file changes nothing
 	case errors.As(err, &types):
 		for _, e := range types.Errors {
 			all.Add(errors.New(plain(e)))

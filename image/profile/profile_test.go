@@ -71,7 +71,7 @@ utilities: [ls]
 head:
   packages:
     - name: dash
-      onyl: [x]
+      bonly: [x]
     - name: B@D
   follow: ["["]
 `))
@@ -89,7 +89,7 @@ head:
 		`line 12: boot.files.x/y: "x/y" is not a plain file name`,
 		`line 12: boot.files.x/y: "/abs" is not the path`,
 		`line 13: utilities: gosh`,
-		`line 17: unknown key "onyl"`,
+		`line 17: unknown key "bonly"`,
 		`line 18: head.packages[1].name: "B@D"`,
 		`line 19: head.follow[0]: "[" is not a pattern`,
 	} {

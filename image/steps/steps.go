@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -374,9 +375,7 @@ func (r *Result) verify(ctx context.Context) error {
 // inputs is everything that decides about the result.
 func (s *Step) inputs(need map[string]*Result) (map[string]string, error) {
 	in := make(map[string]string, len(s.Inputs)+len(need)+1)
-	for k, v := range s.Inputs {
-		in[k] = v
-	}
+	maps.Copy(in, s.Inputs)
 	for name, r := range need {
 		in["result of "+name] = r.Digest
 	}

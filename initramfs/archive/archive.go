@@ -99,7 +99,7 @@ func (t *Tree) Replace(e Entry) {
 	t.Add(e)
 }
 
-// Dir, File and Symlink add the usual kinds of entries, owned by root.
+// Dir adds a folder.
 func (t *Tree) Dir(name string, perm fs.FileMode) { t.Add(Entry{Name: name, Mode: fs.ModeDir | perm}) }
 
 // File adds a regular file.

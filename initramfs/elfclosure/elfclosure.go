@@ -96,7 +96,6 @@ func (f Files) needs(name string, machine elf.Machine) (libs, dirs []string, err
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s is not a readable ELF file: %w", name, err)
 	}
-	defer e.Close()
 	if e.Machine != machine {
 		return nil, nil, fmt.Errorf("%s is for %v, the image is for %v", name, e.Machine, machine)
 	}
@@ -116,7 +115,7 @@ func (f Files) needs(name string, machine elf.Machine) (libs, dirs []string, err
 	for _, tag := range []elf.DynTag{elf.DT_RUNPATH, elf.DT_RPATH} {
 		values, _ := e.DynString(tag) // absent in a static program
 		for _, v := range values {
-			for _, d := range strings.Split(v, ":") {
+			for d := range strings.SplitSeq(v, ":") {
 				d = strings.NewReplacer("$ORIGIN", "/"+path.Dir(at), "${ORIGIN}", "/"+path.Dir(at)).Replace(d)
 				dirs = append(dirs, strings.TrimPrefix(path.Clean(d), "/"))
 			}

@@ -37,7 +37,6 @@ func Parse(ko []byte) (*Info, error) {
 	if err != nil {
 		return nil, fmt.Errorf("kernel module: %w", err)
 	}
-	defer f.Close()
 	s := f.Section(".modinfo")
 	if s == nil {
 		return nil, fmt.Errorf("kernel module: no .modinfo section")
@@ -52,7 +51,7 @@ func Parse(ko []byte) (*Info, error) {
 // parseModinfo reads "key=value" strings, each ended by NUL.
 func parseModinfo(data []byte) *Info {
 	in := &Info{}
-	for _, field := range bytes.Split(data, []byte{0}) {
+	for field := range bytes.SplitSeq(data, []byte{0}) {
 		key, value, _ := strings.Cut(string(field), "=")
 		switch key {
 		case "name":
@@ -62,7 +61,7 @@ func parseModinfo(data []byte) *Info {
 		case "firmware":
 			in.Firmware = append(in.Firmware, value)
 		case "depends":
-			for _, d := range strings.Split(value, ",") {
+			for d := range strings.SplitSeq(value, ",") {
 				if d != "" {
 					in.Depends = append(in.Depends, Name(d))
 				}
@@ -77,7 +76,7 @@ func parseModinfo(data []byte) *Info {
 // softPre is the names after "pre:" in "pre: a b post: c".
 func softPre(value string) (names []string) {
 	pre := false
-	for _, w := range strings.Fields(value) {
+	for w := range strings.FieldsSeq(value) {
 		if strings.HasSuffix(w, ":") {
 			pre = w == "pre:"
 		} else if pre {
