@@ -180,6 +180,7 @@ func Run(ctx context.Context, cfg Config) error {
 		if !ok {
 			break
 		}
+		a.set(api.StateStarting, "asking the head")
 		a.session(ctx, p)
 	}
 	return nil
@@ -233,9 +234,12 @@ func (a *Agent) set(s api.AgentState, reason string) {
 	if same {
 		return
 	}
-	if reason == "" {
+	switch {
+	case reason == "":
 		a.log.Info("state", "is", s)
-	} else {
+	case s == api.StateStarting, s == api.StatePending:
+		a.log.Info("state", "is", s, "why", reason)
+	default:
 		a.log.Warn("state", "is", s, "why", reason)
 	}
 	a.wake()

@@ -2,12 +2,15 @@ package console
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"mosimg/internal/api"
 )
@@ -98,7 +101,7 @@ func TestSlowConsoleDoesNotBlock(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := new(Consoles)
-	c.add(w)
+	c.add("pipe", w)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -128,5 +131,50 @@ func TestSlowConsoleDoesNotBlock(t *testing.T) {
 	}
 	if b.Len() > 200<<10 {
 		t.Errorf("%d bytes were kept; want a bounded queue", b.Len())
+	}
+}
+
+// A user ends the shell on a console: the kernel hangs the terminal up, and
+// messages must still appear there.
+func TestConsoleSurvivesHangup(t *testing.T) {
+	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Skip("no pseudo terminals: ", err)
+	}
+	far := os.NewFile(uintptr(fd), "ptmx")
+	defer far.Close()
+	unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := Open([]string{fmt.Sprintf("/dev/pts/%d", n)})
+	defer c.Close()
+	c.Write([]byte("before\n"))
+	awaitText(t, far, "before")
+	// What a hangup leaves behind: a file that only fails.
+	old := c.outs[0].f
+	dead, err := os.Open(os.DevNull) // not open for writing
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Flush(time.Second)
+	c.outs[0].f = dead
+	defer old.Close()
+	c.Write([]byte("after\n"))
+	awaitText(t, far, "after")
+}
+
+func awaitText(t *testing.T, f *os.File, want string) {
+	t.Helper()
+	var seen strings.Builder
+	buf := make([]byte, 1024)
+	f.SetReadDeadline(time.Now().Add(10 * time.Second))
+	for !strings.Contains(seen.String(), want) {
+		n, err := f.Read(buf)
+		if err != nil {
+			t.Fatalf("%v after %q; want %q", err, seen.String(), want)
+		}
+		seen.Write(buf[:n])
 	}
 }
