@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sort"
+	"sync"
 
 	"mosimg/image/debian"
 	"mosimg/initramfs/archive"
@@ -33,10 +34,8 @@ func (b *builder) assemble(ctx context.Context, dir string) (*imageset.Manifest,
 		Format: imageset.Format, Profile: b.Profile.Name, Arch: b.Profile.Arch, Version: release(),
 		Created: b.created, Compression: "zstd", KernelArgs: b.Profile.Kernel.Args,
 	}
-	for _, r := range b.results {
-		if err := r.Verify(ctx); err != nil {
-			return nil, err
-		}
+	if err := b.verify(ctx); err != nil {
+		return nil, err
 	}
 	if err := os.Mkdir(filepath.Join(dir, imageset.BootDir), 0o755); err != nil {
 		return nil, err
@@ -73,6 +72,22 @@ func (b *builder) assemble(ctx context.Context, dir string) (*imageset.Manifest,
 	}
 	sortFiles(m)
 	return m, m.Write(dir)
+}
+
+// verify makes sure that every part is what it was when it was made.
+func (b *builder) verify(ctx context.Context) error {
+	var all sync.WaitGroup
+	faults := make(chan error, len(b.results))
+	for _, r := range b.results {
+		all.Go(func() { faults <- r.Verify(ctx) })
+	}
+	all.Wait()
+	for range b.results {
+		if err := <-faults; err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func sortFiles(m *imageset.Manifest) {

@@ -87,6 +87,7 @@ type builder struct {
 	archive *debian.Archive
 	engine  *steps.Engine
 	lock    *lock
+	sources func() (sources, error)
 	mtime   int64 // of all files in archives
 	created time.Time
 	epoch   string // SOURCE_DATE_EPOCH, or ""
@@ -112,7 +113,12 @@ func Build(ctx context.Context, o Options) (*Summary, error) {
 	if b.cache, err = openCache(o.Cache); err != nil {
 		return nil, err
 	}
+	ctx, cancel := context.WithCancel(ctx)
 	m, err := b.build(ctx, out)
+	cancel()
+	if b.sources != nil { // may still be at work when the index failed
+		_, _ = b.sources()
+	}
 	if err != nil {
 		return nil, b.explainFullDisk(out, err)
 	}
@@ -195,7 +201,9 @@ func openCache(dir string) (*cache.Cache, error) {
 }
 
 func (b *builder) findSources(ctx context.Context) (err error) {
-	b.golang, err = gobuild.Find(ctx, b.Source, b.Profile.Arch)
+	if b.golang, err = gobuild.Find(ctx, b.Source, b.Profile.Arch); err == nil {
+		b.listSources(ctx)
+	}
 	return err
 }
 
@@ -222,7 +230,7 @@ func (b *builder) openArchive(ctx context.Context) error {
 
 // makeParts runs every step but the first.
 func (b *builder) makeParts(ctx context.Context) error {
-	list, err := b.parts(ctx)
+	list, err := b.parts()
 	if err != nil {
 		return err
 	}

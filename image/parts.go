@@ -2,6 +2,7 @@ package image
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"mosimg/image/debian"
 	"mosimg/image/steps"
@@ -47,16 +49,8 @@ const (
 )
 
 // parts makes the steps. They are independent of each other.
-func (b *builder) parts(ctx context.Context) ([]*steps.Step, error) {
-	agentSources, err := b.golang.Sources(ctx, "./cmd/mosagent")
-	if err != nil {
-		return nil, err
-	}
-	toolSources, err := b.golang.Sources(ctx, "./cmd/mosimg")
-	if err != nil {
-		return nil, err
-	}
-	utilitySources, err := b.golang.UtilitySources()
+func (b *builder) parts() ([]*steps.Step, error) {
+	s, err := b.sources()
 	if err != nil {
 		return nil, err
 	}
@@ -65,12 +59,39 @@ func (b *builder) parts(ctx context.Context) ([]*steps.Step, error) {
 		b.criuStep(),
 		b.bootStep(),
 		b.baseStep(),
-		b.utilitiesStep(utilitySources),
-		b.programStep(stepAgent, "./cmd/mosagent", "usr/bin/mosagent", b.Profile.Tools, agentSources),
+		b.utilitiesStep(s.utilities),
+		b.programStep(stepAgent, agentProgram, "usr/bin/mosagent", b.Profile.Tools, s.agent),
 		b.userlandStep(),
-		b.programStep(stepTool, "./cmd/mosimg", "usr/bin/mosimg", nil, toolSources),
+		b.programStep(stepTool, toolProgram, "usr/bin/mosimg", nil, s.tool),
 	}, nil
 }
+
+// sources are what the programs of the image are made from.
+type sources struct{ agent, tool, utilities map[string]string }
+
+// listSources asks go for the sources. It runs beside the work on the index,
+// since both mostly wait; the result is for whoever calls b.sources.
+func (b *builder) listSources(ctx context.Context) {
+	b.sources = sync.OnceValues(func() (s sources, err error) {
+		var errs [3]error
+		var both sync.WaitGroup
+		both.Go(func() { s.agent, errs[0] = b.golang.Sources(ctx, agentProgram) })
+		both.Go(func() { s.tool, errs[1] = b.golang.Sources(ctx, toolProgram) })
+		s.utilities, errs[2] = b.golang.UtilitySources()
+		both.Wait()
+		for _, e := range errs {
+			err = cmp.Or(err, e)
+		}
+		return s, err
+	})
+	go func() { _, _ = b.sources() }() // its fault is told when the result is asked for
+}
+
+// The programs of the checkout that go into an image.
+const (
+	agentProgram = "./cmd/mosagent"
+	toolProgram  = "./cmd/mosimg"
+)
 
 // common is what every archive depends on.
 func (b *builder) common(in map[string]string) map[string]string {
