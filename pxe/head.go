@@ -193,6 +193,9 @@ func (h *Head) Run(ctx context.Context) (err error) {
 
 	// 2. Is somebody else's DHCP server on the wire?
 	if err := h.probe(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil // told to stop before it began
+		}
 		return err
 	}
 	if h.cfg.DHCP != DHCPOff {

@@ -384,6 +384,18 @@ func TestTableDropsWhatNoLongerFits(t *testing.T) {
 	}
 }
 
+// A head without a battery leased until 2040; now its clock is right.
+func TestClockWasWrong(t *testing.T) {
+	w := newWire(t, nil)
+	w.now = t0.AddDate(14, 0, 0)
+	for i := 1; i <= 4; i++ {
+		w.lease(i, fmt.Sprintf("10.77.0.%d", 99+i))
+	}
+	w.now = t0
+	w.lease(1, "10.77.0.100")
+	w.lease(5, "10.77.0.101")
+}
+
 // Whatever happens on the wire, no address has two live holders.
 func TestNoAddressTwice(t *testing.T) {
 	w := newWire(t, nil)

@@ -20,6 +20,10 @@ const (
 	// quarantine is how long an address is left alone after a machine said
 	// that somebody else uses it (dnsmasq: DECLINE_BACKOFF 600).
 	quarantine = 10 * time.Minute
+	// longestLease is more than any configuration allows. A lease that ends
+	// later was given when the head's clock was wrong, and must not block
+	// its address until then.
+	longestLease = 31 * 24 * time.Hour
 )
 
 // Network is what the leases of one interface are made from.
@@ -46,6 +50,12 @@ type Lease struct {
 	MAC     string
 	Addr    netip.Addr
 	Expires time.Time
+}
+
+// live tells whether the lease still holds.
+func (l Lease) live(now time.Time) bool {
+	left := l.Expires.Sub(now)
+	return left > 0 && left < longestLease
 }
 
 // Counts are the addresses of a pool by use.
@@ -143,7 +153,7 @@ func (t *Table) free(now time.Time, mac string, a netip.Addr) bool {
 		return false
 	}
 	holder, ok := t.byAddr[a]
-	return !ok || holder == mac || !now.Before(t.byMAC[holder].Expires)
+	return !ok || holder == mac || !t.byMAC[holder].live(now)
 }
 
 // Offer picks an address for a machine and holds it for a minute: its
@@ -237,7 +247,7 @@ func (t *Table) Release(now time.Time, mac string, a netip.Addr, save func(Lease
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	l, ok := t.byMAC[mac]
-	if !ok || l.Addr != a || !now.Before(l.Expires) {
+	if !ok || l.Addr != a || !l.live(now) {
 		return nil
 	}
 	l.Expires = now
@@ -281,7 +291,7 @@ func (t *Table) Holder(now time.Time, a netip.Addr) string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	mac := t.byAddr[a]
-	if mac == "" || !now.Before(t.byMAC[mac].Expires) {
+	if mac == "" || !t.byMAC[mac].live(now) {
 		return ""
 	}
 	return mac
@@ -291,7 +301,7 @@ func (t *Table) Holder(now time.Time, a netip.Addr) string {
 func (t *Table) Knows(now time.Time, mac string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if l, ok := t.byMAC[mac]; ok && now.Before(l.Expires) {
+	if l, ok := t.byMAC[mac]; ok && l.live(now) {
 		return true
 	}
 	for _, o := range t.offers {
@@ -321,7 +331,7 @@ func (t *Table) counts(now time.Time) Counts {
 		switch {
 		case now.Before(t.shun[a]):
 			c.Quarantined++
-		case had && now.Before(t.byMAC[mac].Expires):
+		case had && t.byMAC[mac].live(now):
 			c.Leased++
 		case offered && now.Before(o.until):
 			c.Offered++

@@ -74,7 +74,7 @@ func (s *Service) Adopt(a api.Adopt) error {
 		return fault.New(fault.Usage, "open adoption window", "", fmt.Sprintf("for %v, next %d", a.For, a.Next), "a time from 0 (close) to 720h and a number of machines that is not negative")
 	}
 	err := s.Store.Update(func(tx *registry.Tx) error {
-		tx.PutAdoption(registry.Adoption{Until: tx.Now().Add(a.For), Limited: a.Next > 0, Left: a.Next})
+		tx.PutAdoption(registry.Adoption{From: tx.Now(), Until: tx.Now().Add(a.For), Limited: a.Next > 0, Left: a.Next})
 		return nil
 	})
 	if err == nil {

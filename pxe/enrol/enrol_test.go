@@ -1,9 +1,12 @@
 package enrol
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
+	"net/http/httptest"
 	"net/netip"
 	"strings"
 	"sync"
@@ -300,6 +303,18 @@ func TestAdoptionWindow(t *testing.T) {
 		early.want(api.Approved)
 		time.Sleep(time.Minute)
 		s.boot("52:54:00:00:00:04", "10.77.0.134").want(api.Pending)
+		// A clock that is set back does not open it again.
+		if err := s.Adopt(api.Adopt{For: time.Hour}); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Store.View(func(tx *registry.Tx) error {
+			if a := tx.Adoption(); !a.Open(time.Now()) || a.Open(time.Now().AddDate(-1, 0, 0)) {
+				t.Error("the window is closed now, or open a year earlier")
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
 		if err := s.Adopt(api.Adopt{For: -1}); fault.KindOf(err) != fault.Usage {
 			t.Errorf("Adopt(-1) = %v; want a usage fault", err)
 		}
@@ -759,6 +774,58 @@ func TestNoncesAreBounded(t *testing.T) {
 	s.Store.View(func(tx *registry.Tx) error { count = len(tx.Nonces()); return nil })
 	if count != noncesPerMAC {
 		t.Errorf("%d nonces are kept for one machine; want %d", count, noncesPerMAC)
+	}
+}
+
+// Bodies come from anyone on the boot network.
+func FuzzEnrolBody(f *testing.F) {
+	f.Add([]byte(`{"protocol":1,"csr":"AAAA","nonce":"x","mac":"52:54:00:00:00:01","wait_ms":0}`))
+	f.Add([]byte(`{"protocol":1,"mac":"52:54:00:00:00:01","inventory":{"nics":[{}]},"wait_ms":-1}`))
+	f.Add([]byte(`[]`))
+	store, err := registry.Open(f.TempDir(), registry.Options{})
+	if err != nil {
+		f.Fatal(err)
+	}
+	defer store.Close()
+	now := time.Now()
+	s := &Service{Store: store, CheckSource: true, Now: func() time.Time { now = now.Add(time.Second); return now }}
+	h := s.Handler()
+	f.Fuzz(func(t *testing.T, body []byte) {
+		r := httptest.NewRequest("POST", api.PathEnrol, bytes.NewReader(body))
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		var p api.Problem
+		if w.Code == 200 || json.Unmarshal(w.Body.Bytes(), &p) != nil || p.Error == "" {
+			t.Errorf("%q: %d %s; want a problem", body, w.Code, w.Body)
+		}
+	})
+}
+
+func TestHTTPBounds(t *testing.T) {
+	s := newSite(t)
+	h := s.Handler()
+	post := func(path, body string) (int, string) {
+		r := httptest.NewRequest("POST", path, strings.NewReader(body))
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		return w.Code, w.Body.String()
+	}
+	if code, text := post(api.PathEnrol, `{"mac":"`+strings.Repeat("x", maxBody)+`"}`); code != 400 || !strings.Contains(text, "too large") {
+		t.Errorf("a large body: %d %.100s", code, text)
+	}
+	if code, _ := post("/v1/other", "{}"); code != 404 {
+		t.Errorf("an unknown call: %d", code)
+	}
+	if code, _ := post(api.PathRenew, "{}"); code != 401 && code != 403 {
+		t.Errorf("renewal by a stranger: %d", code)
+	}
+	// One sender that asks in a loop is slowed down.
+	last := 0
+	for range 100 {
+		last, _ = post(api.PathEnrol, "{}")
+	}
+	if last != 503 {
+		t.Errorf("the 100th request in a row: %d; want 503", last)
 	}
 }
 

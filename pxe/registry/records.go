@@ -89,12 +89,14 @@ func (r Rotation) Keys() [][]byte {
 
 // Adoption is the window in which unknown machines are approved.
 type Adoption struct {
+	From    time.Time `json:"from"`
 	Until   time.Time `json:"until"`
 	Limited bool      `json:"limited,omitempty"`
 	Left    int       `json:"left,omitempty"` // when Limited
 }
 
-// Open reports whether the window lets one more machine in.
+// Open reports whether the window lets one more machine in. A clock that was
+// set back closes it: a window of an hour must not become one of years.
 func (a Adoption) Open(now time.Time) bool {
-	return now.Before(a.Until) && (!a.Limited || a.Left > 0)
+	return !now.Before(a.From) && now.Before(a.Until) && (!a.Limited || a.Left > 0)
 }
