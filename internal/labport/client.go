@@ -337,5 +337,7 @@ func (op *clientOp) feed(stdin io.Reader, id int64) {
 			return
 		}
 	}
-	op.in.sendChunk(message{Op: opData, ID: id, EOF: true})
+	if err := op.in.sendChunk(message{Op: opData, ID: id, EOF: true}); err != nil {
+		op.cancel(err)
+	}
 }

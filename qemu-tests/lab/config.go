@@ -78,9 +78,14 @@ func Nodes(n int, one NodeConfig) []NodeConfig {
 }
 
 // NodeMAC is the address of the lab's i-th node, from 1.
-func NodeMAC(i int) string { return fmt.Sprintf("52:54:00:77:01:%02x", i) }
+func NodeMAC(i int) string { return mac(1, i) }
 
-const headMAC = "52:54:00:77:00:01"
+// headMAC is the head's address. It is no constant: this program is on the
+// lab's heads too, and the search of images for what only a head may know
+// must not find it there.
+func headMAC() string { return mac(0, 1) }
+
+func mac(kind, i int) string { return fmt.Sprintf("52:54:00:77:%02x:%02x", kind, i) }
 
 // plan is what a Config means: every machine in full, the head first.
 type plan struct {
@@ -106,7 +111,7 @@ func newPlan(c Config, kernel, dir, sockets string) (plan, error) {
 		p.machines, p.links = append(p.machines, m), append(p.links, link)
 	}
 	add(vm.Config{
-		Name: HeadName, MAC: headMAC,
+		Name: HeadName, MAC: headMAC(),
 		MemoryMB: orDefault(c.HeadMB, defaultHeadMB), CPUs: c.HeadCPUs,
 		Kernel: kernel, Initrd: filepath.Join(dir, headInitrd), Append: headArgs,
 		Disk: filepath.Join(dir, stateDisk), LabPort: true,

@@ -74,7 +74,7 @@ func Detach(ctx context.Context, argv []string, c Config, progress io.Writer) (k
 	if err != nil {
 		return "", err
 	}
-	stdin.Write(append(line, '\n')) // a lab that died says so on the pipe
+	_, _ = stdin.Write(append(line, '\n')) // a lab that died says so on the pipe
 
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, 1<<20)
@@ -132,7 +132,7 @@ func (r *reporter) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.log != nil {
-		r.log.Write(p)
+		_, _ = r.log.Write(p) // a full disk must not end the lab
 	}
 	r.send(report{Say: string(p)})
 	return len(p), nil
@@ -188,7 +188,7 @@ func serve(ctx context.Context, in io.Reader, rep *reporter) error {
 	starting, abandoned := context.WithCancelCause(ctx)
 	defer abandoned(nil)
 	go func() {
-		input.ReadByte()
+		_, _ = input.ReadByte()
 		abandoned(fmt.Errorf("the command that started it is gone: %w", context.Canceled))
 	}()
 

@@ -370,7 +370,9 @@ func newRelay(socket string, m labport.Machine, log *slog.Logger) (*relay, error
 			}
 			r.wait.Go(func() {
 				defer conn.Close()
-				labport.ServeMachine(ctx, conn, m, log)
+				if err := labport.ServeMachine(ctx, conn, m, log); err != nil {
+					log.Debug("lab exec: connection ended", "error", err)
+				}
 			})
 		}
 	})

@@ -100,14 +100,16 @@ func Down(dir string) (bool, error) {
 			return false, fault.New(fault.Environment, "stop lab", dir, err, "are you the user who started it?")
 		}
 		waitGone(s.Process, downTime)
-		s.Process.Signal(os.Kill)
-		waitGone(s.Process, time.Second)
+		if err := kill(s.Process); err != nil {
+			return true, fault.New(fault.Environment, "stop lab", dir, err, "")
+		}
 	}
 	for _, m := range s.Machines {
 		if m.Process.Alive() {
 			ran = true
-			m.Process.Signal(os.Kill)
-			waitGone(m.Process, time.Second)
+			if err := kill(m.Process); err != nil {
+				return true, fault.New(fault.Environment, "stop machine", m.Name, err, "")
+			}
 		}
 	}
 	// A lab that stopped by itself has removed its folder, and a failed one
@@ -126,6 +128,15 @@ func openExisting(dir string) (*folder, error) {
 	}
 	f := &folder{dir: dir, made: true}
 	return f, f.relock()
+}
+
+// kill ends a process that may be gone already.
+func kill(p vm.Process) error {
+	if err := p.Signal(os.Kill); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	waitGone(p, time.Second)
+	return nil
 }
 
 func waitGone(p vm.Process, limit time.Duration) {

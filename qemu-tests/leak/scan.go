@@ -32,6 +32,7 @@ const maxUnpacked = 2 << 30
 // Scan searches every file of an image set, as it is and unpacked, and tells
 // how many bytes it looked at.
 func Scan(ctx context.Context, set *imageset.Set, secrets []Secret) (found []Finding, scanned int64, err error) {
+	index := newIndex(secrets)
 	names := []string{imageset.ManifestName}
 	for _, f := range set.Manifest.Files {
 		names = append(names, f.Name)
@@ -41,7 +42,7 @@ func Scan(ctx context.Context, set *imageset.Set, secrets []Secret) (found []Fin
 		if err != nil {
 			return nil, 0, err
 		}
-		s := scanner{ctx: ctx, secrets: secrets, file: name, hit: make(map[string]bool)}
+		s := scanner{ctx: ctx, index: index, file: name, hit: make(map[string]bool)}
 		if err := s.scan(data, maxDepth); err != nil {
 			return nil, 0, fmt.Errorf("search %s: %w", name, err)
 		}
@@ -50,9 +51,32 @@ func Scan(ctx context.Context, set *imageset.Set, secrets []Secret) (found []Fin
 	return found, scanned, nil
 }
 
+// index finds all secrets in one pass: by their first two bytes.
+type index [1 << 16][]Secret
+
+func newIndex(secrets []Secret) *index {
+	x := new(index)
+	for _, s := range secrets {
+		first := binary.LittleEndian.Uint16(s.Bytes)
+		x[first] = append(x[first], s)
+	}
+	return x
+}
+
+// find calls hit for each secret that data holds, once for each place.
+func (x *index) find(data []byte, hit func(Secret)) {
+	for i := 0; i+minSecret <= len(data); i++ {
+		for _, s := range x[uint16(data[i])|uint16(data[i+1])<<8] {
+			if bytes.HasPrefix(data[i:], s.Bytes) {
+				hit(s)
+			}
+		}
+	}
+}
+
 type scanner struct {
 	ctx     context.Context
-	secrets []Secret
+	index   *index
 	file    string
 	found   []Finding
 	hit     map[string]bool
@@ -71,12 +95,12 @@ func (s *scanner) scan(data []byte, depth int) error {
 		return err
 	}
 	s.scanned += int64(len(data))
-	for _, x := range s.secrets {
-		if !s.hit[x.Name] && bytes.Contains(data, x.Bytes) {
+	s.index.find(data, func(x Secret) {
+		if !s.hit[x.Name] {
 			s.hit[x.Name] = true
 			s.found = append(s.found, Finding{x.Name, s.file})
 		}
-	}
+	})
 	if depth == 0 {
 		return nil
 	}

@@ -20,10 +20,14 @@ func Tail(name string, n int) []string {
 		return nil
 	}
 	defer f.Close()
-	if st, err := f.Stat(); err == nil && st.Size() > tailBytes {
-		f.Seek(-tailBytes, io.SeekEnd)
+	st, err := f.Stat()
+	if err != nil {
+		return nil
 	}
-	b, _ := io.ReadAll(io.LimitReader(f, tailBytes))
+	b, err := io.ReadAll(io.NewSectionReader(f, max(0, st.Size()-tailBytes), tailBytes))
+	if err != nil {
+		return nil
+	}
 	lines := clean(b)
 	return lines[max(0, len(lines)-n):]
 }

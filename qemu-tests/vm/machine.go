@@ -108,36 +108,27 @@ func start(ctx context.Context, h Host, c Config) (*Machine, error) {
 	return m, m.talk(ctx, conn)
 }
 
-// accept waits for QEMU's control connection.
+// accept waits for QEMU's control connection, and closes the listener.
 func (m *Machine) accept(ctx context.Context, l net.Listener) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
-	result := make(chan net.Conn, 1)
-	failed := make(chan error, 1)
 	go func() {
-		conn, err := l.Accept()
-		if err != nil {
-			failed <- err
-			return
+		select {
+		case <-m.done:
+		case <-ctx.Done():
 		}
-		result <- conn
-	}()
-	select {
-	case conn := <-result:
-		return conn, nil
-	case err := <-failed:
-		return nil, err
-	case <-m.done:
-		return nil, m.ended()
-	case <-ctx.Done():
 		l.Close()
-		select { // it may have come in the same moment
-		case conn := <-result:
-			conn.Close()
-		case <-failed:
-		}
+	}()
+	conn, err := l.Accept()
+	switch {
+	case err == nil:
+		return conn, nil
+	case m.Err() != nil:
+		return nil, m.Err()
+	case ctx.Err() != nil:
 		return nil, fmt.Errorf("QEMU did not answer: %w", context.Cause(ctx))
 	}
+	return nil, err
 }
 
 func (m *Machine) talk(ctx context.Context, conn net.Conn) error {
@@ -160,7 +151,10 @@ func (m *Machine) ended() error {
 	if last == "" {
 		last = "it said nothing"
 	}
-	return fmt.Errorf("QEMU ended (%v): %s", m.err, last)
+	if m.err == nil {
+		return fmt.Errorf("QEMU ended: %s", last)
+	}
+	return fmt.Errorf("QEMU ended (%w): %s", m.err, last)
 }
 
 // cleanup removes the sockets that QEMU made and a kill leaves behind.
