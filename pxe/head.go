@@ -361,7 +361,9 @@ func (h *Head) info() Info {
 	if h.cfg.DHCP == DHCPOff {
 		i.DHCP = DHCPOff
 	}
-	h.store.View(func(tx *registry.Tx) error { i.Cluster = tx.ClusterName(); return nil })
+	if err := h.store.View(func(tx *registry.Tx) error { i.Cluster = tx.ClusterName(); return nil }); err != nil {
+		h.cfg.Log.Error("read the cluster's name", "error", err.Error())
+	}
 	for arch, set := range h.images.Current() {
 		i.Images[arch] = set.Manifest.ID
 	}

@@ -274,7 +274,7 @@ func (a *agent) enrol(ctx context.Context, wait time.Duration) (*api.EnrolReply,
 		leaf, err1 := x509.ParseCertificate(reply.Certificate)
 		ca, err2 := x509.ParseCertificate(reply.CA)
 		if err1 != nil || err2 != nil {
-			return nil, fmt.Errorf("certificates: %v, %v", err1, err2)
+			return nil, fmt.Errorf("certificates: %w, %w", err1, err2)
 		}
 		a.ca, a.cert = ca, identity.TLSCertificate(leaf, ca, a.key)
 	}

@@ -4,7 +4,6 @@
 package clusterconfig
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -16,6 +15,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"mosimg/internal/fault"
+	"mosimg/pxe/nodename"
 )
 
 // Config is a whole cluster.yaml. The zero value is a cluster without one.
@@ -307,35 +307,9 @@ func (c *Config) Names() map[string]string {
 	return out
 }
 
-func clusterName(s string) (string, error) {
-	if err := label(s); err != nil {
-		return "", err
-	}
-	return s, nil
-}
+func clusterName(s string) (string, error) { return s, nodename.CheckCluster(s) }
 
-func nodeName(s string) (string, error) {
-	if err := label(s); err != nil {
-		return "", err
-	}
-	if s[0] < 'a' {
-		return "", errors.New("must begin with a letter")
-	}
-	return s, nil
-}
-
-// label checks a DNS label.
-func label(s string) error {
-	if len(s) == 0 || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' || strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
-		return fmt.Errorf("%q is not a name of 1 to 63 of a-z, 0-9 and '-'", s)
-	}
-	for _, c := range []byte(s) {
-		if !(c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '-') {
-			return fmt.Errorf("%q is not a name of 1 to 63 of a-z, 0-9 and '-'", s)
-		}
-	}
-	return nil
-}
+func nodeName(s string) (string, error) { return s, nodename.Check(s) }
 
 func interfaceName(s string) (string, error) {
 	// IFNAMSIZ is 16 with the zero at the end (linux/if.h).

@@ -85,7 +85,7 @@ networks:
       - {address: 10.77.0.13}
       - {mac: 52:54:00:00:00:03}
       - {mac: 52:54:00:00:00:04, address: 10.99.0.1}
-      - {mac: 01:00:5e:00:00:04, adress: 10.77.0.3}
+      - {mac: 01:00:5e:00:00:04, addr: 10.77.0.3}
   - interface: eth1
     subnet: 10.77.0.128/25
     pool: 10.77.0.199-10.77.0.140
@@ -118,7 +118,7 @@ networks:
 		"cluster.yaml:18: the reservation of 52:54:00:00:00:03 gives neither",
 		"cluster.yaml:19: reserved address 10.99.0.1 is not an address in",
 		"cluster.yaml:20: mac:",
-		`cluster.yaml:20: unknown key "adress"`,
+		`cluster.yaml:20: unknown key "addr"`,
 		`cluster.yaml:21: interface "eth1" is in the network of line 9`,
 		"cluster.yaml:22: subnet 10.77.0.128/25 overlaps 10.77.0.0/24",
 		"cluster.yaml:23: pool:",
@@ -193,8 +193,7 @@ func TestSample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := Parse("cluster.yaml", data)
-	if err != nil {
+	if _, err := Parse("cluster.yaml", data); err != nil {
 		t.Fatal(err)
 	}
 	// With all its comments taken off it must be right, too.
@@ -202,7 +201,7 @@ func TestSample(t *testing.T) {
 	for line := range strings.Lines(string(data)) {
 		full.WriteString(strings.TrimPrefix(line, "#: "))
 	}
-	c, err = Parse("cluster.yaml", []byte(full.String()))
+	c, err := Parse("cluster.yaml", []byte(full.String()))
 	if err != nil {
 		t.Fatalf("%v\n%s", err, full.String())
 	}

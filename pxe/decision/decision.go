@@ -12,6 +12,7 @@ package decision
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -194,12 +195,7 @@ func ipxe(f Facts, s Server) Answer {
 }
 
 func (f Facts) has(feature byte) bool {
-	for _, x := range f.Features {
-		if x == feature {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(f.Features, feature)
 }
 
 // file offers the first of the loaders that the image set has.

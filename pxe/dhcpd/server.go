@@ -61,8 +61,8 @@ func (s *Server) Serve(ctx context.Context, conn *net.UDPConn) error {
 	if now == nil {
 		now = time.Now
 	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })()
+	defer func() { _ = conn.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })()
 
 	// Firmware sends a handful of packets in a boot; 5 a second is a loop.
 	perMAC := limit.New(5, 20, 4096)

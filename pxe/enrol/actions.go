@@ -10,6 +10,7 @@ import (
 
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
+	"mosimg/pxe/nodename"
 	"mosimg/pxe/registry"
 )
 
@@ -203,7 +204,7 @@ func rename(tx *registry.Tx, n *registry.Node, name string) error {
 	bad := func(cause, hint string) error {
 		return fault.New(fault.Usage, "rename node", n.Name, cause, hint)
 	}
-	if err := CheckName(name); err != nil {
+	if err := nodename.Check(name); err != nil {
 		return bad(err.Error(), "")
 	}
 	for _, o := range tx.Nodes() {
@@ -222,20 +223,5 @@ func rename(tx *registry.Tx, n *registry.Node, name string) error {
 	}
 	n.Name = name
 	tx.PutNode(n)
-	return nil
-}
-
-// CheckName tells what is wrong with a node's name: it must be a DNS label
-// and not be taken for a number.
-func CheckName(name string) error {
-	const want = "want 1 to 63 of a-z, 0-9 and '-', with a letter first and no '-' at the end"
-	if len(name) == 0 || len(name) > 63 || name[0] < 'a' || name[0] > 'z' || strings.HasSuffix(name, "-") {
-		return fmt.Errorf("bad name %q: %s", name, want)
-	}
-	for _, c := range []byte(name) {
-		if !(c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '-') {
-			return fmt.Errorf("bad name %q: %s", name, want)
-		}
-	}
 	return nil
 }

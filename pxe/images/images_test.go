@@ -130,7 +130,7 @@ func TestWhatIsNotServed(t *testing.T) {
 
 func TestOldSetsAreBounded(t *testing.T) {
 	dir := t.TempDir()
-	for _, tag := range strings.Fields("a b c d e f") {
+	for tag := range strings.FieldsSeq("a b c d e f") {
 		imagetest.Publish(t, dir, "amd64", imagetest.Files(tag))
 		if tag == "a" {
 			continue
@@ -138,7 +138,7 @@ func TestOldSetsAreBounded(t *testing.T) {
 		openStore(t, dir).Current()
 	}
 	s := openStore(t, dir)
-	for _, tag := range strings.Fields("g h i j k") {
+	for tag := range strings.FieldsSeq("g h i j k") {
 		imagetest.Publish(t, dir, "amd64", imagetest.Files(tag))
 		s.Current()
 	}

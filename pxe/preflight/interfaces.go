@@ -159,7 +159,9 @@ func Choose(all []Interface, named []string, dhcp bool) ([]Choice, error) {
 	for _, name := range named {
 		i, err := byName(all, name)
 		if err == nil {
-			err = servable(i)
+			if f := servable(i); f != nil {
+				err = f
+			}
 		}
 		if err != nil {
 			l.Add(err)
@@ -190,8 +192,8 @@ func byName(all []Interface, name string) (Interface, error) {
 }
 
 // servable tells why an interface cannot be served even if it is named.
-func servable(i Interface) error {
-	bad := func(cause, hint string) error {
+func servable(i Interface) *fault.Error {
+	bad := func(cause, hint string) *fault.Error {
 		return fault.New(fault.Environment, "serve interface", i.Name, cause, hint)
 	}
 	switch {
@@ -220,7 +222,7 @@ func only(all []Interface, dhcp bool) (Choice, error) {
 		case i.Wireless:
 			why = append(why, i.Name+" is wireless")
 		case servable(i) != nil:
-			why = append(why, i.Name+": "+servable(i).(*fault.Error).Err.Error())
+			why = append(why, i.Name+": "+servable(i).Err.Error())
 		case dyn && dhcp:
 			why = append(why, fmt.Sprintf("%s got its own address by DHCP (%s)", i.Name, how))
 		default:

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -61,15 +62,7 @@ func overlaps(p Port, s socket) bool {
 	if p.Device != 0 && s.device != 0 && s.device != p.Device {
 		return false
 	}
-	if s.addr.IsUnspecified() || len(p.Addrs) == 0 {
-		return true
-	}
-	for _, a := range p.Addrs {
-		if a == s.addr {
-			return true
-		}
-	}
-	return false
+	return s.addr.IsUnspecified() || len(p.Addrs) == 0 || slices.Contains(p.Addrs, s.addr)
 }
 
 // sockets lists bound UDP or listening TCP sockets of this network namespace.

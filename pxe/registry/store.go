@@ -23,6 +23,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 
 	"mosimg/internal/fault"
 	"mosimg/internal/identity"
@@ -88,7 +89,7 @@ func Open(dir string, opt Options) (*Store, error) {
 	name := filepath.Join(dir, FileName)
 	db, err := openDB(name)
 	switch {
-	case errors.Is(err, bolt.ErrTimeout):
+	case errors.Is(err, berrors.ErrTimeout):
 		return nil, fail("another head has it open"+lockHolder(name), "end that one first, or name another folder with --state")
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS), errors.Is(err, syscall.ENOSPC):
 		return nil, fail(err, "name a folder that can be written with --state")

@@ -84,8 +84,7 @@ func (s *Server) Serve(ctx context.Context, conn *net.UDPConn) error {
 	})
 	err := srv.Serve(conn)
 	if stop() {
-		conn.Close()
-		return err
+		return errors.Join(err, conn.Close())
 	}
 	select {
 	case <-stopped:
@@ -105,8 +104,9 @@ func (s *Server) read(name string, rf io.ReaderFrom) error {
 		return errInternal
 	}
 	// A bytes.Reader can seek, so the size is told to clients that ask.
-	// Faults of the transfer are the hook's to report.
-	rf.ReadFrom(bytes.NewReader(data))
+	// Faults of the transfer the hook has heard of already: returned, they
+	// would be sent to the client a second time.
+	_, _ = rf.ReadFrom(bytes.NewReader(data))
 	return nil
 }
 
