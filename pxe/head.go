@@ -78,20 +78,10 @@ func New(cfg Config) (*Head, error) {
 	var err error
 	h.images, err = images.Open(h.cfg.Images, h.cfg.Log)
 	l.Add(err)
-	if err := only(&l); err != nil {
+	if err := l.All("start head", ""); err != nil {
 		return nil, err
 	}
 	return h, nil
-}
-
-// only is a list's one fault as it is, or all of them as one of the first's
-// kind.
-func only(l *fault.List) error {
-	err := errors.Unwrap(l.Err(fault.Environment, "start head", "", ""))
-	if l.Len() < 2 {
-		return err
-	}
-	return l.Err(fault.KindOf(err), "start head", "", "")
 }
 
 func (h *Head) chooseNetworks() error {
@@ -127,7 +117,7 @@ func (h *Head) chooseNetworks() error {
 			}
 		}
 	}
-	return only(&l)
+	return l.All("start head", "")
 }
 
 // namedInterfaces joins the flags and cluster.yaml: which interfaces are

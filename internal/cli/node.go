@@ -107,19 +107,10 @@ func (n *nodeCmd) head() *unixhttp.Client { return unixhttp.New(n.socket, "head"
 // actAll does what it can: one unknown machine does not keep the others out.
 func (n *nodeCmd) actAll(ctx context.Context, action string, nodes []string) error {
 	var l fault.List
-	kind := fault.Internal
 	for _, x := range nodes {
-		if err := n.act(ctx, api.NodeAct{Action: action, Node: x}); err != nil {
-			if l.Len() == 0 {
-				kind = fault.KindOf(err)
-			}
-			l.Add(err)
-			if len(nodes) == 1 {
-				return err
-			}
-		}
+		l.Add(n.act(ctx, api.NodeAct{Action: action, Node: x}))
 	}
-	return l.Err(kind, action, "", "")
+	return l.All(action, "")
 }
 
 func (n *nodeCmd) act(ctx context.Context, a api.NodeAct) error {

@@ -5,6 +5,7 @@
 package images
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -195,7 +196,11 @@ func (s *Store) load() error {
 			return err
 		}
 		next[arch] = set
-		s.log.Info("image set", "arch", arch, "id", short(is.Manifest.ID), "kernel", is.Manifest.KernelRelease, "profile", is.Manifest.Profile)
+		level := slog.LevelDebug
+		if len(s.current) > 0 {
+			level = slog.LevelInfo // news, unlike the sets at the start
+		}
+		s.log.Log(context.Background(), level, "image set", "arch", arch, "id", short(is.Manifest.ID), "kernel", is.Manifest.KernelRelease, "profile", is.Manifest.Profile)
 	}
 	for arch, have := range s.current {
 		if next[arch] != have {

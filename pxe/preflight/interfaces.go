@@ -176,7 +176,7 @@ func Choose(all []Interface, named []string, dhcp bool) ([]Choice, error) {
 		}
 		out = append(out, c)
 	}
-	return out, l.Err(fault.Usage, "choose interface", "", "")
+	return out, l.All("choose interfaces", "")
 }
 
 func byName(all []Interface, name string) (Interface, error) {

@@ -48,7 +48,7 @@ func Taken(proc string, ports []Port) error {
 			break
 		}
 	}
-	return l.Err(fault.Environment, "bind ports", "", "")
+	return l.All("bind ports", "")
 }
 
 type socket struct {

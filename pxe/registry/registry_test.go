@@ -351,6 +351,34 @@ func TestOpenFaults(t *testing.T) {
 	}
 }
 
+// A disk that is full on the first day leaves nothing that a later start
+// would take for a damaged registry.
+func TestFullDiskOnTheFirstDay(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to mount a small disk")
+	}
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", dir).CombinedOutput(); err != nil {
+		t.Skipf("no small disk to be had: %s", out)
+	}
+	defer exec.Command("umount", dir).Run()
+	if _, err := Open(dir, Options{}); fault.KindOf(err) != fault.Environment || !strings.Contains(err.Error(), "no space left") {
+		t.Errorf("Open = %v; want that the disk is full", err)
+	}
+	if out, err := exec.Command("mount", "-o", "remount,size=1m", dir).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	s, err := Open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) != 1 {
+		t.Errorf("left behind: %v, %v", files, err)
+	}
+}
+
 func TestSecretsAreRootsOnly(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	open(t, dir)

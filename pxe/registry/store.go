@@ -25,6 +25,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 
+	"mosimg/internal/atomicfile"
 	"mosimg/internal/fault"
 	"mosimg/internal/identity"
 )
@@ -87,6 +88,9 @@ func Open(dir string, opt Options) (*Store, error) {
 		return nil, fail(err, "name a folder that can be written with --state")
 	}
 	name := filepath.Join(dir, FileName)
+	if err := create(name); err != nil {
+		return nil, fail(err, "name a folder that can be written with --state")
+	}
 	db, err := openDB(name)
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
@@ -102,6 +106,29 @@ func Open(dir string, opt Options) (*Store, error) {
 		return nil, fail(err, "")
 	}
 	return s, nil
+}
+
+// create makes an empty store unless there is one. It gets its name only when
+// it is whole: a power cut or a full disk on the first day must not leave
+// something that looks like a damaged registry.
+func create(name string) error {
+	if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	tmp := fmt.Sprintf("%s.%d", name, os.Getpid())
+	defer os.Remove(tmp)
+	db, err := bolt.Open(tmp, 0o600, &bolt.Options{Timeout: time.Second})
+	if err != nil {
+		return err
+	}
+	if err := db.Close(); err != nil {
+		return err
+	}
+	// Not a rename: another head may have made one meanwhile.
+	if err := os.Link(tmp, name); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return atomicfile.SyncDir(filepath.Dir(name))
 }
 
 // openDB opens and checks the file. A file that was cut short makes bbolt
