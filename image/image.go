@@ -214,7 +214,7 @@ func (b *builder) openArchive(ctx context.Context) error {
 	if b.Keyring == "" {
 		b.Keyring = debian.DefaultKeyring
 	}
-	b.fetcher = &debian.Fetcher{Cache: b.cache, Proxy: b.host.Proxy, Log: b.Log}
+	b.fetcher = debian.NewFetcher(b.cache, b.host.Proxy, b.Log)
 	var err error
 	b.archive, err = timed(b, "index", func() (*debian.Archive, error) {
 		return debian.Open(ctx, debian.Options{
@@ -222,10 +222,16 @@ func (b *builder) openArchive(ctx context.Context) error {
 			Host: b.host, Fetcher: b.fetcher, Log: b.Log,
 		})
 	})
-	if err == nil && b.epoch == "" {
+	if err != nil {
+		return err
+	}
+	for _, s := range b.archive.Suites {
+		b.report(steps.Event{Step: "index", Kind: steps.Progress, Text: fmt.Sprintf("%s of %s at %s", s.Name, s.Release.Date.Format("2006-01-02 15:04"), s.Root)})
+	}
+	if b.epoch == "" {
 		b.created = b.archive.Date()
 	}
-	return err
+	return nil
 }
 
 // makeParts runs every step but the first.

@@ -51,8 +51,7 @@ func (b *builder) resolve(ctx context.Context) error {
 			"profile boot.package": p.Boot.Package, "profile head": string(head), "profile arch": p.Arch,
 		},
 		Run: func(ctx context.Context, job *steps.Job) error {
-			b.fetcher.Progress = progress(job)
-			index, err := b.archive.Index(ctx)
+			index, err := b.archive.Index(ctx, progress(job))
 			if err != nil {
 				return err
 			}
@@ -168,8 +167,7 @@ const parallelFetches = 4
 func (b *builder) fetch(ctx context.Context, job *steps.Job, packages []*debian.Package) ([]string, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	fetcher := *b.fetcher
-	fetcher.Progress = progress(job)
+	fetcher := b.fetcher.WithProgress(progress(job))
 	files := make([]string, len(packages))
 	room := make(chan struct{}, parallelFetches)
 	var all sync.WaitGroup

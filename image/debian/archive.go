@@ -41,7 +41,6 @@ type Archive struct {
 	Suites []Suite
 	opts   Options
 	keys   openpgp.EntityList
-	index  *Index
 }
 
 // Suite is one verified suite of an Archive.
@@ -156,7 +155,7 @@ type stored struct {
 // when the mirror offers an older one.
 func (a *Archive) openSuite(ctx context.Context, suite, root string) (*Suite, error) {
 	u := root + "/dists/" + suite + "/InRelease"
-	file := a.opts.Fetcher.Cache.Path("index", hexSum([]byte(u))[:32]+".json")
+	file := a.opts.Fetcher.cache.Path("index", hexSum([]byte(u))[:32]+".json")
 	var old stored
 	var oldRelease *Release
 	if data, err := os.ReadFile(file); err == nil && json.Unmarshal(data, &old) == nil && old.URL == u {
@@ -233,18 +232,15 @@ func (a *Archive) Date() time.Time {
 	return d
 }
 
-// Index is the packages of all suites; it is read at the first call.
-func (a *Archive) Index(ctx context.Context) (*Index, error) {
-	if a.index != nil {
-		return a.index, nil
-	}
+// Index reads the packages of all suites. progress, if not nil, hears of the
+// downloads.
+func (a *Archive) Index(ctx context.Context, progress func(name string, done, total int64)) (*Index, error) {
 	x := NewIndex()
 	for _, s := range a.Suites {
-		if err := a.readSuite(ctx, s, x); err != nil {
+		if err := a.readSuite(ctx, s, x, a.opts.Fetcher.WithProgress(progress)); err != nil {
 			return nil, err
 		}
 	}
-	a.index = x
 	return x, nil
 }
 
@@ -252,7 +248,7 @@ func (a *Archive) Index(ctx context.Context) (*Index, error) {
 // that Debian itself supports.
 const component = "main"
 
-func (a *Archive) readSuite(ctx context.Context, s Suite, x *Index) error {
+func (a *Archive) readSuite(ctx context.Context, s Suite, x *Index, fetcher *Fetcher) error {
 	dir := component + "/binary-" + a.opts.Arch + "/"
 	for _, suffix := range []string{".xz", ".gz"} {
 		name := dir + "Packages" + suffix
@@ -265,7 +261,7 @@ func (a *Archive) readSuite(ctx context.Context, s Suite, x *Index) error {
 		if s.Release.ByHash {
 			urls = append([]string{base + dir + "by-hash/SHA256/" + entry.SHA256}, urls...)
 		}
-		file, err := a.opts.Fetcher.Blob(ctx, s.Name+" "+name, urls, entry.Size, entry.SHA256)
+		file, err := fetcher.Blob(ctx, s.Name+" "+name, urls, entry.Size, entry.SHA256)
 		if err != nil {
 			return err
 		}

@@ -63,8 +63,9 @@ func newWorld(t *testing.T) *world {
 	}
 	w.opts = Options{
 		Suite: "trixie", Arch: "amd64", Mirror: w.server.URL + "/debian", Keyring: a.Keyring,
-		Host: &Host{}, Fetcher: &Fetcher{Cache: w.cache, pause: time.Millisecond},
+		Host: &Host{}, Fetcher: NewFetcher(w.cache, nil, nil),
 	}
+	w.opts.Fetcher.pause = time.Millisecond
 	return w
 }
 
@@ -81,7 +82,7 @@ func (w *world) fetch(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	x, err := a.Index(w.t.Context())
+	x, err := a.Index(w.t.Context(), nil)
 	if err != nil {
 		return "", err
 	}
@@ -138,7 +139,7 @@ func TestNewestVersionOfAllSuitesWins(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x, err := a.Index(t.Context())
+	x, err := a.Index(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -303,7 +304,7 @@ func TestDamagedRestOfADownloadIsFetchedAnew(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x, err := a.Index(t.Context())
+	x, err := a.Index(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -372,7 +373,7 @@ func TestInterruptedFetchEndsAtOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x, err := a.Index(ctx)
+	x, err := a.Index(ctx, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

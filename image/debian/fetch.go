@@ -1,7 +1,6 @@
 package debian
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -21,18 +20,38 @@ import (
 	"mosimg/internal/fault"
 )
 
-// Fetcher gets files from mirrors.
+// Fetcher gets files from mirrors. It is safe for concurrent use.
 type Fetcher struct {
-	Cache *cache.Cache
-	// Proxy answers which proxy to use for a URL; nil means the
-	// environment's (http_proxy and so on).
-	Proxy func(*http.Request) (*url.URL, error)
-	// Progress, if not nil, hears how far a download is, at most once a second.
-	Progress func(name string, done, total int64)
-	Log      *slog.Logger // nil is silent
+	cache    *cache.Cache
+	client   *http.Client
+	log      *slog.Logger
+	progress func(name string, done, total int64)
+	pause    time.Duration // before the second try
+}
 
-	client *http.Client
-	pause  time.Duration // for tests; 0 means fetchPause
+// NewFetcher makes a Fetcher that keeps what it gets in c. proxy answers which
+// proxy to use for a request; nil means the environment's (http_proxy and so
+// on). A nil log is silent.
+func NewFetcher(c *cache.Cache, proxy func(*http.Request) (*url.URL, error), log *slog.Logger) *Fetcher {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.ResponseHeaderTimeout = connectTime
+	// A compressed file must arrive as it is, or no hash would fit.
+	t.DisableCompression = true
+	if proxy != nil {
+		t.Proxy = proxy
+	}
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &Fetcher{cache: c, client: &http.Client{Transport: t}, log: log, pause: fetchPause}
+}
+
+// WithProgress is the same Fetcher with somebody who hears how far each
+// download is, at most once a second.
+func (f *Fetcher) WithProgress(tell func(name string, done, total int64)) *Fetcher {
+	c := *f
+	c.progress = tell
+	return &c
 }
 
 const (
@@ -53,27 +72,6 @@ func (e errGone) Error() string { return e.status }
 func notThere(err error) bool {
 	var gone errGone
 	return errors.As(err, &gone) || errors.Is(err, fs.ErrNotExist)
-}
-
-func (f *Fetcher) log() *slog.Logger {
-	if f.Log == nil {
-		return slog.New(slog.DiscardHandler)
-	}
-	return f.Log
-}
-
-func (f *Fetcher) http() *http.Client {
-	if f.client == nil {
-		t := http.DefaultTransport.(*http.Transport).Clone()
-		t.ResponseHeaderTimeout = connectTime
-		// A compressed file must arrive as it is, or no hash would fit.
-		t.DisableCompression = true
-		if f.Proxy != nil {
-			t.Proxy = f.Proxy
-		}
-		f.client = &http.Client{Transport: t}
-	}
-	return f.client
 }
 
 // Small fetches a file of at most limit bytes. When etag or since is set and
@@ -106,7 +104,7 @@ func (f *Fetcher) Small(ctx context.Context, rawURL string, limit int64, since h
 // first URL that has it, and returns its path. An interrupted download is
 // taken up where it ended, by this or another process.
 func (f *Fetcher) Blob(ctx context.Context, name string, urls []string, size int64, sum string) (string, error) {
-	final := f.Cache.Blob(sum)
+	final := f.cache.Blob(sum)
 	if err := checkFile(final, size, sum); err == nil {
 		cache.Use(final)
 		return final, nil
@@ -200,7 +198,7 @@ func (f *Fetcher) download(ctx context.Context, name, rawURL string, part *os.Fi
 				fmt.Sprintf("%s has SHA-256 %.12s, the signed index says %.12s", rawURL, got, sum),
 				"the mirror or something on the way changed it; try another --mirror")
 		}
-		f.log().Warn("a resumed download does not verify, fetching it anew", "file", name)
+		f.log.Warn("a resumed download does not verify, fetching it anew", "file", name)
 		resumed = false
 	}
 }
@@ -221,7 +219,7 @@ func (f *Fetcher) append(ctx context.Context, name, rawURL string, part *os.File
 	if _, err := part.Seek(have, io.SeekStart); err != nil {
 		return err
 	}
-	w := &progressWriter{w: part, name: name, done: have, total: size, tell: f.Progress, last: time.Now()}
+	w := &progressWriter{w: part, name: name, done: have, total: size, tell: f.progress, last: time.Now()}
 	n, err := io.Copy(w, io.LimitReader(body, size-have+1))
 	if err != nil {
 		return err
@@ -267,7 +265,7 @@ func (f *Fetcher) open(ctx context.Context, rawURL string, offset int64, since h
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
 	}
-	res, err := f.http().Do(req)
+	res, err := f.client.Do(req)
 	if err != nil {
 		cancel(nil)
 		var wrapped *url.Error
@@ -303,7 +301,7 @@ func (f *Fetcher) open(ctx context.Context, rawURL string, offset int64, since h
 
 // retry runs try until it succeeds, with growing pauses, at most tries times. Answers that will not change and faults of this machine end it.
 func (f *Fetcher) retry(ctx context.Context, rawURL string, tries int, try func(context.Context) error) error {
-	pause := cmp.Or(f.pause, fetchPause)
+	pause := f.pause
 	for n := 1; ; n++ {
 		err := try(ctx)
 		if err == nil {
@@ -320,7 +318,7 @@ func (f *Fetcher) retry(ctx context.Context, rawURL string, tries int, try func(
 		if n > 1 {
 			level = slog.LevelWarn
 		}
-		f.log().Log(ctx, level, "fetch failed, trying again", "url", rawURL, "try", n, "error", err)
+		f.log.Log(ctx, level, "fetch failed, trying again", "url", rawURL, "try", n, "error", err)
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

@@ -57,7 +57,7 @@ func Find(ctx context.Context, source, arch string) (*Toolchain, error) {
 	}
 	out, err := t.run(ctx, nil, "env", "-json", "GOMOD", "GOVERSION")
 	if err != nil {
-		return nil, fault.New(fault.Environment, "ask", "the Go toolchain", err, "")
+		return nil, fault.New(fault.Environment, "ask", "the Go toolchain", err, "is it Go 1.25 or newer?")
 	}
 	var env struct{ GOMOD, GOVERSION string }
 	if err := json.Unmarshal(out, &env); err != nil {

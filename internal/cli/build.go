@@ -77,7 +77,11 @@ func stepReporter(w io.Writer, explain bool) func(steps.Event) {
 		case steps.Progress:
 			fmt.Fprintf(w, "%-16s %s\n", e.Step, e.Text)
 		case steps.Started:
-			if explain && len(e.Why) > 0 {
+			switch {
+			case len(e.Why) == 0:
+			case !explain:
+				fmt.Fprintf(w, "%-16s ...\n", e.Step)
+			default:
 				fmt.Fprintf(w, "%-16s to be built, because:\n", e.Step)
 				for i, why := range e.Why {
 					if i == maxReasons {

@@ -74,7 +74,7 @@ func TestStepReporter(t *testing.T) {
 		{Step: "agent", Kind: steps.Started, Why: []string{"1", "2", "3", "4", "5", "6", "7", "8", "9", "10"}},
 	}
 	for explain, want := range map[bool][]string{
-		false: {"kernel           fetched 3 of 9 MB", "kernel           1.2 s", "criu             reused"},
+		false: {"kernel           ...", "kernel           fetched 3 of 9 MB", "kernel           1.2 s", "criu             reused", "agent            ..."},
 		true: {
 			"kernel           to be built, because:", "                   package linux changed from 1 to 2", "kernel           fetched 3 of 9 MB", "kernel           1.2 s",
 			"criu             reused", "agent            to be built, because:", "1", "2", "3", "4", "5", "6", "7", "8", "and 2 more",
