@@ -81,6 +81,10 @@ func judgeError(err error, n int, jitter float64) verdict {
 	case fault.KindOf(err) == fault.Refused, fault.KindOf(err) == fault.Usage, fault.KindOf(err) == fault.Untrusted:
 		// The head answered, and said no.
 		v.state, v.again = api.StateDenied, slowRetry
+	default:
+		if f := (*fault.Error)(nil); errors.As(err, &f) {
+			v.reason = "the head does not answer: " + f.Err.Error()
+		}
 	}
 	return v
 }

@@ -58,7 +58,7 @@ func (a *Agent) session(ctx context.Context, p place) {
 			a.log.Warn("membership not kept: a restart of the agent will enrol again", "why", err)
 		}
 		if err := a.belong(ctx, p, cred, told); err != nil {
-			a.set(api.StateNoHead, err.Error())
+			a.set(api.StateStarting, err.Error())
 			sleep(ctx, backoff(2, rand.Float64()))
 		}
 		cred = nil

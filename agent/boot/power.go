@@ -74,12 +74,12 @@ func (m *machine) end(how ending) {
 	if m.tty != nil {
 		m.tty.Flush(2 * time.Second)
 	}
-	cmd := map[ending]int{
+	cmd := map[ending]uint32{
 		restart:  unix.LINUX_REBOOT_CMD_RESTART,
 		powerOff: unix.LINUX_REBOOT_CMD_POWER_OFF,
 		halt:     unix.LINUX_REBOOT_CMD_HALT,
 	}[how]
-	if err := unix.Reboot(cmd); err != nil {
+	if err := unix.Reboot(int(int32(cmd))); err != nil { // the kernel takes 32 bits
 		m.log.Error("reboot", "why", err)
 		time.Sleep(lastWords)
 		unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)

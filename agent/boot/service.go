@@ -151,7 +151,7 @@ func (m *machine) copyLines(name string, r io.Reader) {
 	}
 	lines(r, func(line []byte) {
 		fmt.Fprintf(m.out, "%s: %s\n", name, line)
-		file.Write(append(line, '\n'))
+		fmt.Fprintf(file, "%s %s\n", time.Now().Format(logTime), line)
 	})
 }
 

@@ -39,6 +39,9 @@ const (
 	// cardWait is how long we wait for the card that booted before we try
 	// the others: USB cards take seconds to appear.
 	cardWait = 15 * time.Second
+	// linkWait is how long a link may take to come up before its cable is
+	// doubted: autonegotiation takes a second or three.
+	linkWait = 4 * time.Second
 	// remind is how often a lack that lasts is said again.
 	remind = time.Minute
 )
@@ -113,6 +116,7 @@ func (s *service) tell(st Status) {
 // has carrier.
 func (s *service) awaitCarrier(ctx context.Context) ([]link, error) {
 	began := time.Now()
+	tried := began // when the last card was brought up
 	want := s.Card
 	upped := make(map[string]bool)
 	for {
@@ -128,7 +132,7 @@ func (s *service) awaitCarrier(ctx context.Context) ([]link, error) {
 		}
 		for _, l := range match {
 			if !upped[l.Name] {
-				upped[l.Name] = true
+				upped[l.Name], tried = true, time.Now()
 				if err := setUp(l.Name); err != nil {
 					s.Log.Warn("card cannot be brought up", "card", l.String(), "why", err)
 				}
@@ -137,8 +141,7 @@ func (s *service) awaitCarrier(ctx context.Context) ([]link, error) {
 		if up := withCarrier(match); len(up) > 0 {
 			return up, nil
 		}
-		// Links need a second or three after "up"; crying at once would be noise.
-		if time.Since(began) > 4*time.Second {
+		if time.Since(tried) > linkWait {
 			st := Status{State: api.StateNoLink, Reason: whyNone(all, match, want)}
 			if len(match) > 0 {
 				st.Interface, st.MAC = match[0].Name, match[0].MAC
@@ -285,7 +288,7 @@ func (s *service) static(ctx context.Context, addr net.IPNet) error {
 	began := time.Now()
 	for {
 		st.Reason = ""
-		if _, carrier := Wired(l.Name); !carrier && time.Since(began) > 4*time.Second {
+		if _, carrier := Wired(l.Name); !carrier && time.Since(began) > linkWait {
 			st.Reason = whyNone(nil, []link{l}, "")
 		}
 		s.tell(st)

@@ -17,7 +17,7 @@ const minBar = 4
 // is "-", never 0.
 func memberTable(t api.MemberTable, width int) string {
 	if len(t.Members) == 0 {
-		return "This machine is not a member of a cluster yet.\n"
+		return "This machine is not a member of a cluster; mosagent status says why.\n"
 	}
 	rows := [][]string{{"NODE", "NAME", "STATE", "LOAD", "UTIL", "MEM", "CPUS", "GUESTS", "AGE"}}
 	const loadCol = 3

@@ -155,6 +155,9 @@ func agentSocket(t *testing.T) string {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+api.PathMembers, func(w http.ResponseWriter, _ *http.Request) { unixhttp.Reply(w, table) })
 	srv := &http.Server{Handler: mux}
+	mux.HandleFunc("GET "+api.PathStatus, func(w http.ResponseWriter, _ *http.Request) {
+		unixhttp.Reply(w, api.AgentStatus{State: api.StatePending, Fingerprint: "aaaa-bbbb", Address: "10.77.0.9"})
+	})
 	go srv.Serve(l)
 	t.Cleanup(func() { srv.Close() })
 	return path
@@ -173,6 +176,19 @@ func TestMosmon(t *testing.T) {
 	}
 	if d := cmp.Diff(table, got); d != "" {
 		t.Errorf("--json (-want +got):\n%s", d)
+	}
+}
+
+func TestStatus(t *testing.T) {
+	socket := agentSocket(t)
+	status, out, errs := run(t, "mosagent", "status", "--socket", socket)
+	if status != 0 || errs != "" || !strings.Contains(out, "pending") || !strings.Contains(out, "aaaa-bbbb") {
+		t.Errorf("status: %d, %q, %q", status, out, errs)
+	}
+	status, out, _ = run(t, "mosagent", "status", "--json", "--socket", socket)
+	var got api.AgentStatus
+	if err := json.Unmarshal([]byte(out), &got); status != 0 || err != nil || got.State != api.StatePending {
+		t.Errorf("status --json: %d, %v, %+v", status, err, got)
 	}
 }
 

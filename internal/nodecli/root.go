@@ -98,6 +98,7 @@ Called by a tool's name, it is that tool.`,
 	for _, verb := range []func(*Env) *cobra.Command{
 		newAgentCmd,
 		newMosmonCmd,
+		newStatusCmd,
 		newProbeCRIUCmd,
 		newInitCmd,
 		newNetCmd,
