@@ -51,7 +51,7 @@ type Kernel struct {
 
 // Modules names kernel modules, without what they depend on.
 type Modules struct {
-	Hardware []string `yaml:"hardware"` // loaded where a device asks for them
+	Hardware []string `yaml:"hardware"` // loaded where a device asks for them, or by name
 	Always   []string `yaml:"always"`   // loaded on every machine
 }
 
