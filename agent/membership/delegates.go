@@ -45,7 +45,7 @@ func (d delegate) NodeMeta(limit int) []byte {
 }
 
 func (d delegate) NotifyMsg(msg []byte) {
-	if d.g.cfg.Receive != nil {
+	if d.g.cfg.Receive != nil && !d.g.ended.Load() {
 		d.g.cfg.Receive(msg)
 	}
 }
@@ -86,7 +86,7 @@ func (e events) NotifyLeave(n *memberlist.Node)  { e.g.note(n, api.Dead) }
 
 func (g *Group) note(n *memberlist.Node, l api.Liveness) {
 	id, ok := nodeOf(n.Name)
-	if !ok {
+	if !ok || g.ended.Load() {
 		return
 	}
 	meta, err := parseMeta(n.Meta)

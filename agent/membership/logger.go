@@ -7,14 +7,17 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 // newLogger adapts memberlist's log to slog. Everybody on the LAN can make
 // memberlist complain by sending it rubbish, so that each kind of complaint
 // is shown once in repeatAfter, with how often it was held back.
-func newLogger(to *slog.Logger) *log.Logger {
-	return log.New(&adapter{log: to, seen: make(map[string]*seen)}, "", 0)
+//
+// ended, once set, silences it: memberlist's goroutines outlive its Shutdown.
+func newLogger(to *slog.Logger, ended *atomic.Bool) *log.Logger {
+	return log.New(&adapter{log: to, ended: ended, seen: make(map[string]*seen)}, "", 0)
 }
 
 const repeatAfter = time.Minute
@@ -24,7 +27,8 @@ const repeatAfter = time.Minute
 const maxKinds = 200
 
 type adapter struct {
-	log *slog.Logger
+	log   *slog.Logger
+	ended *atomic.Bool
 
 	mu sync.Mutex // guards the following
 	// seen holds when each kind of message was shown last.
@@ -38,7 +42,7 @@ type seen struct {
 
 func (a *adapter) Write(line []byte) (int, error) {
 	level, text := parseLine(string(bytes.TrimSpace(line)))
-	if !a.log.Enabled(context.Background(), level) {
+	if a.ended.Load() || !a.log.Enabled(context.Background(), level) {
 		return len(line), nil
 	}
 	held, show := a.admit(kindOf(text), time.Now())

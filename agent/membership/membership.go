@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -81,6 +82,8 @@ type Group struct {
 	wake chan struct{} // a peer may be missing: join now
 	stop context.CancelFunc
 	done sync.WaitGroup
+	// ended stops callbacks and log: memberlist's goroutines outlive Stop.
+	ended atomic.Bool
 
 	viewMu sync.Mutex // serialises SetView
 
@@ -152,7 +155,7 @@ func Start(cfg Config, view api.ClusterView) (*Group, error) {
 	mc.DeadNodeReclaimTime = reclaimAfter
 	mc.EnableCompression = false // packets are small and CPUs may be slow
 	mc.Keyring = ring
-	mc.Logger = newLogger(cfg.Log)
+	mc.Logger = newLogger(cfg.Log, &g.ended)
 	mc.Delegate, mc.Events, mc.Alive = delegate{g}, events{g}, aliveGate{g}
 	if g.ml, err = memberlist.Create(mc); err != nil {
 		return nil, fault.New(fault.Environment, "listen for gossip on", net.JoinHostPort(cfg.Address, strconv.Itoa(cfg.Port)), err, "is another agent running here?")
@@ -329,6 +332,7 @@ func (g *Group) Leave() {
 // Stop ends membership without a goodbye.
 func (g *Group) Stop() {
 	g.stop()
+	g.ended.Store(true)
 	g.ml.Shutdown()
 	g.done.Wait()
 }
