@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"mosimg/internal/bootargs"
@@ -225,24 +226,36 @@ func (h *Head) Run(ctx context.Context) (err error) {
 	return services.run(ctx, h.cfg.Log)
 }
 
-// probe looks for other DHCP servers in mode auto.
+// probe looks for other DHCP servers in mode auto, on all interfaces at once.
 func (h *Head) probe(ctx context.Context) error {
 	if h.cfg.DHCP != DHCPAuto {
 		return nil
 	}
-	for _, n := range h.nets {
-		peer, found, err := dhcpd.Probe(ctx, n.Name)
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if err != nil {
-			return fault.New(fault.Environment, "start DHCP on", n.Name, err, "--dhcp server does not look")
-		}
-		if found {
-			return fault.New(fault.Refused, "start DHCP on", n.Name,
-				fmt.Sprintf("%s gives out addresses there already (it offered %s)", peer.Address, peer.Offers),
-				"stop that server; or --dhcp off and let it name this head; or --dhcp server to give out addresses all the same")
-		}
+	errs := make([]error, len(h.nets))
+	var wg sync.WaitGroup
+	for i, n := range h.nets {
+		wg.Go(func() { errs[i] = probe(ctx, n.Name) })
+	}
+	wg.Wait()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	var l fault.List
+	for _, err := range errs {
+		l.Add(err)
+	}
+	return l.All("start head", "")
+}
+
+func probe(ctx context.Context, ifname string) error {
+	peer, found, err := dhcpd.Probe(ctx, ifname)
+	if err != nil {
+		return fault.New(fault.Environment, "start DHCP on", ifname, err, "--dhcp server does not look")
+	}
+	if found {
+		return fault.New(fault.Refused, "start DHCP on", ifname,
+			fmt.Sprintf("%s gives out addresses there already (it offered %s)", peer.Address, peer.Offers),
+			"stop that server; or --dhcp off and let it name this head; or --dhcp server to give out addresses all the same")
 	}
 	return nil
 }

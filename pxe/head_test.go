@@ -115,6 +115,13 @@ func start(t *testing.T, cfg Config) *running {
 	return r
 }
 
+// runBriefly runs a head that should refuse to.
+func runBriefly(t *testing.T, h *Head) error {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	return h.Run(ctx)
+}
+
 func (r *running) admin() *unixhttp.Client {
 	return unixhttp.New(filepath.Join(r.cfg.Run, "head.sock"), "head")
 }
@@ -452,39 +459,6 @@ func TestAgentOfTheHeadsMachine(t *testing.T) {
 	_ = r
 }
 
-// The real client of a distribution gets an address and renews nothing odd.
-func TestDhclient(t *testing.T) {
-	needNetwork(t)
-	dhclient, err := exec.LookPath("dhclient")
-	if err != nil {
-		t.Skip("dhclient is not installed")
-	}
-	b := cable(t, "h0", "10.77.0.1/24")
-	start(t, config(t, "h0"))
-	dir := t.TempDir()
-	for range 2 { // the second time it asks for the address that it had
-		b.in(func() {
-			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-			defer cancel()
-			cmd := exec.CommandContext(ctx, dhclient, "-1", "-d", "-v", "-sf", "/bin/true", "-lf", filepath.Join(dir, "leases"), "-pf", filepath.Join(dir, "pid"), b.nic)
-			out := new(logBuffer)
-			cmd.Stdout, cmd.Stderr = out, out
-			if err := cmd.Start(); err != nil {
-				t.Error(err)
-				return
-			}
-			for !strings.Contains(out.String(), "bound to 10.77.0.128") && ctx.Err() == nil {
-				time.Sleep(50 * time.Millisecond)
-			}
-			cmd.Process.Kill()
-			cmd.Wait()
-			if !strings.Contains(out.String(), "bound to 10.77.0.128") {
-				t.Errorf("dhclient:\n%s", out.String())
-			}
-		})
-	}
-}
-
 // Two networks, one head: each machine hears of its own network only.
 func TestTwoInterfaces(t *testing.T) {
 	needNetwork(t)
@@ -535,7 +509,7 @@ func TestForeignServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = h.Run(t.Context())
+	err = runBriefly(t, h)
 	if fault.KindOf(err) != fault.Refused || !strings.Contains(err.Error(), "10.77.0.66 gives out addresses") || !strings.Contains(err.Error(), "--dhcp") {
 		t.Errorf("Run = %v; want a refusal that names the other server", err)
 	}
@@ -601,7 +575,7 @@ func TestNewRefusals(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := h.Run(t.Context()); fault.KindOf(err) != fault.Environment || !strings.Contains(err.Error(), "another head") {
+		if err := runBriefly(t, h); fault.KindOf(err) != fault.Environment || !strings.Contains(err.Error(), "another head") {
 			t.Errorf("Run = %v; want that another head has the state", err)
 		}
 		// With other state its socket does.
@@ -609,7 +583,7 @@ func TestNewRefusals(t *testing.T) {
 		if h, err = New(cfg); err != nil {
 			t.Fatal(err)
 		}
-		if err := h.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "another head answers") {
+		if err := runBriefly(t, h); err == nil || !strings.Contains(err.Error(), "another head answers") {
 			t.Errorf("Run = %v; want that another head has the socket", err)
 		}
 		// The first one is not harmed.

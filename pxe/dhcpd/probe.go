@@ -11,9 +11,13 @@ import (
 	"github.com/insomniacslk/dhcp/dhcpv4/nclient4"
 )
 
-// probeTime is how long Probe listens: servers answer within milliseconds,
-// those that ping an address before they offer it (ISC dhcpd) within 1 s.
-const probeTime = 2 * time.Second
+// Probe asks at once and again after probeRepeat, and listens for probeTime in
+// all. Most servers answer within milliseconds, but ISC dhcpd pings an address
+// for 1 s before it offers it, and dnsmasq (home routers, libvirt) for 3 s.
+const (
+	probeRepeat = 1500 * time.Millisecond
+	probeTime   = 3 * probeRepeat // nclient4 doubles its time-out
+)
 
 // Peer is a foreign DHCP server and the address that it offered.
 type Peer struct{ Address, Offers netip.Addr }
@@ -22,7 +26,7 @@ type Peer struct{ Address, Offers netip.Addr }
 // returns who offers one. ok is false when nobody does. Nothing is leased: the
 // offer is not taken.
 func Probe(ctx context.Context, ifname string) (p Peer, ok bool, err error) {
-	c, err := nclient4.New(ifname, nclient4.WithTimeout(probeTime/2), nclient4.WithRetry(2))
+	c, err := nclient4.New(ifname, nclient4.WithTimeout(probeRepeat), nclient4.WithRetry(2))
 	if err != nil {
 		return Peer{}, false, fmt.Errorf("look for another DHCP server on %s: %w", ifname, err)
 	}
