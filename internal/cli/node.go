@@ -33,7 +33,9 @@ func newNodeCmd(env *Env) *cobra.Command {
 		Use:   "node",
 		Short: "List, approve, deny, rename and remove machines",
 		Long: `Node talks to the head on this machine. NODE is a number, a name, a MAC, or the
-beginning of a fingerprint (at least 4 digits) as the machine's console shows it.`,
+beginning of a fingerprint (at least 4 digits) as the machine's console shows it.
+Compare fingerprints before you approve: anyone on the boot network can use any
+MAC. An alert stays with a machine until it is approved (again).`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
