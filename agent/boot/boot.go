@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -237,9 +238,9 @@ func (m *machine) serve() ending {
 	}
 	how := m.awaitEnd(ctx)
 	m.log.Info("stopping", "then", how.String())
-	for i := len(list) - 1; i >= 0; i-- {
+	for i, s := range slices.Backward(list) {
 		stops[i]()
-		<-list[i].done
+		<-s.done
 	}
 	return how
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 )
 
@@ -36,7 +37,7 @@ func (h *handler) Handle(_ context.Context, r slog.Record) error {
 }
 
 func (h *handler) WithAttrs(as []slog.Attr) slog.Handler {
-	return &handler{out: h.out, attrs: append(h.attrs[:len(h.attrs):len(h.attrs)], as...)}
+	return &handler{out: h.out, attrs: append(slices.Clip(h.attrs), as...)}
 }
 
 // WithGroup is not used by init.

@@ -45,7 +45,8 @@ func (l *logFile) Write(p []byte) (int, error) {
 	}
 	if l.size+int64(len(p)) > maxLog {
 		l.f.Close()
-		os.Rename(l.path, l.path+".1")
+		// Should this fail, the old half is lost and not the new lines.
+		_ = os.Rename(l.path, l.path+".1")
 		f, err := os.OpenFile(l.path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
 		if err != nil {
 			l.f = nil

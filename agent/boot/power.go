@@ -66,7 +66,9 @@ func (m *machine) end(how ending) {
 	if m.stateMounted {
 		if err := unix.Unmount(StateDir, 0); err != nil {
 			m.log.Warn("state not unmounted, it is made read-only", "why", err)
-			unix.Mount("", StateDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+			if err := unix.Mount("", StateDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+				m.log.Warn("state not made read-only", "why", err)
+			}
 		}
 		unix.Sync()
 	}

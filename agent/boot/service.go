@@ -144,9 +144,9 @@ func (m *machine) stdio(s *service) (files [3]*os.File, after func(), err error)
 // copyLines shows a service's output on the consoles with its name before
 // each line, and keeps it in the service's log.
 func (m *machine) copyLines(name string, r io.Reader) {
-	var file io.Writer = io.Discard
+	file := io.Discard
 	if l, err := openLog(filepath.Join(m.logDir, name+".log")); err == nil {
-		defer l.Close()
+		defer func() { _ = l.Close() }()
 		file = l
 	}
 	lines(r, func(line []byte) {

@@ -29,7 +29,7 @@ func Active() []string {
 		return nil
 	}
 	var devs []string
-	for _, name := range strings.Fields(string(data)) {
+	for name := range strings.FieldsSeq(string(data)) {
 		devs = append(devs, filepath.Join("/dev", name))
 	}
 	return devs
@@ -71,7 +71,10 @@ func openTTY(dev string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	unix.SetNonblock(fd, false)
+	if err := unix.SetNonblock(fd, false); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
 	return os.NewFile(uintptr(fd), dev), nil
 }
 
@@ -140,7 +143,7 @@ func (o *out) send(p []byte) {
 	}
 	o.f.Close()
 	o.f = f
-	o.f.Write(p[n:])
+	_, _ = o.f.Write(p[n:])
 }
 
 // Flush waits until everything is written, but no longer than limit: the last

@@ -44,7 +44,7 @@ func writeChild64(path string) error {
 	const header = 64 + 56
 	size := uint64(header + len(code) + len(childData))
 	var b bytes.Buffer
-	w := func(v any) { binary.Write(&b, binary.LittleEndian, v) }
+	w := func(v any) { _ = binary.Write(&b, binary.LittleEndian, v) } // a Buffer takes all
 	b.WriteString("\x7fELF\x02\x01\x01" + "\x00\x00\x00\x00\x00\x00\x00\x00\x00")
 	w([]uint16{2, 62}) // ET_EXEC, EM_X86_64
 	w(uint32(1))
@@ -83,7 +83,7 @@ func writeChild32(path string) error {
 	}, nil)
 	size := uint32(header + len(code) + len(childData))
 	var b bytes.Buffer
-	w := func(v any) { binary.Write(&b, binary.LittleEndian, v) }
+	w := func(v any) { _ = binary.Write(&b, binary.LittleEndian, v) } // a Buffer takes all
 	b.WriteString("\x7fELF\x01\x01\x01" + "\x00\x00\x00\x00\x00\x00\x00\x00\x00")
 	w([]uint16{2, 3})                           // ET_EXEC, EM_386
 	w([]uint32{1, loadAddr + header, 52, 0, 0}) // version, entry, program headers, sections, flags

@@ -2,6 +2,7 @@ package criu
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -99,7 +100,7 @@ func TestChildRuns(t *testing.T) {
 			cmd := exec.CommandContext(ctx, prog)
 			cmd.Dir = dir
 			err := cmd.Start()
-			if err == unix.ENOEXEC || err != nil && strings.Contains(err.Error(), "exec format") {
+			if errors.Is(err, unix.ENOEXEC) {
 				t.Skip("this kernel runs no such programs")
 			}
 			if err != nil {

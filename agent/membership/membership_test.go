@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -204,12 +205,7 @@ func (b *inbox) receive(m []byte) {
 func (b *inbox) has(m string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, x := range b.msgs {
-		if x == m {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(b.msgs, m)
 }
 
 // After a rotation a node that only knows the old key hears nothing and is

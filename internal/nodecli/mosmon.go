@@ -138,5 +138,5 @@ func keystrokes(f *os.File) (restore func(), err error) {
 	if err := unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, &t); err != nil {
 		return nil, fmt.Errorf("terminal: %w", err)
 	}
-	return func() { unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, old) }, nil
+	return func() { _ = unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, old) }, nil
 }
