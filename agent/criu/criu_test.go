@@ -122,6 +122,7 @@ func TestChildRuns(t *testing.T) {
 func TestFirstError(t *testing.T) {
 	log := `(00.000000) Version: 4.1.1 (gitid 0)
 (00.003901) Warn  (criu/kerndat.c:1): x
+(00.003905) Error (criu/rlimit.c:1): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted
 (00.003910) Error (criu/vdso.c:1): Unexpected rt vDSO area bounds
 (00.003917) Error (criu/cr-dump.c:2): Dumping FAILED.
 `

@@ -184,10 +184,11 @@ func run(ctx context.Context, cmd *exec.Cmd, what, logFile string) error {
 }
 
 // firstError is the first error in a log of criu's, without its time stamp
-// and place: what follows it are consequences.
+// and place: what follows it are consequences. That it may not raise its own
+// limit of open files it calls an error too, and goes on.
 func firstError(log string) string {
 	for line := range strings.Lines(log) {
-		if _, text, ok := strings.Cut(line, "Error ("); ok {
+		if _, text, ok := strings.Cut(line, "Error ("); ok && !strings.Contains(text, "RLIMIT_NOFILE") {
 			if _, after, ok := strings.Cut(text, "): "); ok {
 				text = after
 			}
