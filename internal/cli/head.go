@@ -27,8 +27,8 @@ kernel and initramfs (HTTP), lets them into the cluster when they are approved,
 and keeps the cluster's certificate authority and registry.
 
 It serves an interface with a static address. One that got its own address by
-DHCP is refused unless it is named with --interface: somebody else's DHCP server
-is probably on that network. It runs until it gets INT or TERM.`,
+DHCP, or that leads to other networks, is refused unless it is named with
+--interface: somebody else's DHCP server is probably on that network. It runs until it gets INT or TERM.`,
 		Example: `  mosimg head --images out --interface eth1 --adopt 30m
   mosimg head --config /etc/mosimg/cluster.yaml`,
 		Args: usageArgs(cobra.NoArgs),

@@ -34,6 +34,9 @@ type Interface struct {
 	Addrs                  []Addr
 	// Client says which DHCP client manages the interface; "" for none.
 	Client string
+	// Uplink is set when the way to other networks is through it: somebody
+	// else runs that network, a DHCP server of ours may not be welcome.
+	Uplink bool
 }
 
 // Addr is an IPv4 address of an interface.
@@ -49,6 +52,16 @@ func List(root string) ([]Interface, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list network interfaces: %w", err)
 	}
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	uplinks := make(map[int]bool)
+	for _, r := range routes {
+		if r.Gw != nil && (r.Dst == nil || r.Dst.IP.IsUnspecified()) {
+			uplinks[r.LinkIndex] = true
+		}
+	}
 	var out []Interface
 	for _, l := range links {
 		a := l.Attrs()
@@ -57,6 +70,7 @@ func List(root string) ([]Interface, error) {
 			Up: a.Flags&net.FlagUp != 0, Loopback: a.Flags&net.FlagLoopback != 0,
 			Ethernet: a.EncapType == "ether" && len(a.HardwareAddr) == 6,
 			Wireless: wireless(root, a.Name),
+			Uplink:   uplinks[a.Index],
 		}
 		addrs, err := netlink.AddrList(l, netlink.FAMILY_V4)
 		if err != nil {
@@ -225,6 +239,8 @@ func only(all []Interface, dhcp bool) (Choice, error) {
 			why = append(why, i.Name+": "+servable(i).Err.Error())
 		case dyn && dhcp:
 			why = append(why, fmt.Sprintf("%s got its own address by DHCP (%s)", i.Name, how))
+		case i.Uplink && dhcp:
+			why = append(why, i.Name+" is this machine's way to other networks")
 		default:
 			fit = append(fit, i)
 		}

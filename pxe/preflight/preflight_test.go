@@ -41,6 +41,8 @@ func TestChoose(t *testing.T) {
 		{name: "an office network is not taken over", all: []Interface{lo, dyn}, fault: "got its own address by DHCP"},
 		{name: "nor one whose client sets no lifetime", all: []Interface{lo, managed}, fault: "by dhclient"},
 		{name: "unless it is named, with a warning", all: []Interface{lo, dyn}, named: []string{"eth0"}, want: "eth0", warn: "another DHCP server"},
+		{name: "nor a static uplink", all: []Interface{lo, nic("eth0", func(i *Interface) { i.Uplink = true })}, fault: "eth0 is this machine's way to other networks"},
+		{name: "a static uplink that is named", all: []Interface{nic("eth0", func(i *Interface) { i.Uplink = true })}, named: []string{"eth0"}, want: "eth0"},
 		{name: "no addresses given out, no danger", all: []Interface{lo, dyn}, off: true, want: "eth0"},
 		{name: "wireless", all: []Interface{lo, nic("wlan0", func(i *Interface) { i.Wireless = true })}, fault: "wlan0 is wireless"},
 		{name: "a container bridge", all: []Interface{lo, nic("docker0", func(i *Interface) { i.Kind = "bridge" })}, fault: "docker0 is a bridge"},
