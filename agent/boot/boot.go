@@ -12,8 +12,11 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -58,13 +61,16 @@ type machine struct {
 	mods   *loader
 	reaper *reaper
 
+	fileMu sync.Mutex // guards writing to the following
+	file   *logFile   // init's own log, nil until there is a place for it
+
 	stateMounted bool
 }
 
 // Main is process 1. It does not return: it ends by reboot(2).
 func Main() {
 	m := &machine{out: os.Stderr, logDir: logDir, reaper: newReaper()}
-	m.log = slog.New(&handler{out: func() io.Writer { return m.out }})
+	m.log = slog.New(&handler{out: m.say})
 	defer m.guard("init")
 	m.boot()
 	how := m.serve()
@@ -109,7 +115,21 @@ func (m *machine) openConsoles() error {
 	m.tty = console.Open(devs)
 	m.out = m.tty
 	fmt.Fprintf(m.out, "mosimg %s on Linux %s\n", version.String(), kernelRelease())
-	return nil
+	file, err := openLog(filepath.Join(m.logDir, "init.log"))
+	if err == nil {
+		m.file = file
+	}
+	return err
+}
+
+// say shows a line of init's own on the consoles and keeps it.
+func (m *machine) say(line string) {
+	io.WriteString(m.out, line)
+	m.fileMu.Lock()
+	defer m.fileMu.Unlock()
+	if m.file != nil {
+		fmt.Fprintf(m.file, "%s %s", time.Now().Format(logTime), line)
+	}
 }
 
 // setKernel keeps a fault of process 1 itself from ending silently: the Go
@@ -201,6 +221,13 @@ func (m *machine) serve() ending {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go m.guarded("reaper", func() { m.reaper.run(ctx) })
+	if m.mods != nil {
+		go m.guarded("drivers", func() {
+			if err := m.watchDevices(ctx); err != nil {
+				m.log.Warn("devices that appear later get no driver", "why", err)
+			}
+		})
+	}
 
 	list := m.services()
 	stops := make([]context.CancelFunc, len(list))
@@ -211,9 +238,9 @@ func (m *machine) serve() ending {
 	}
 	how := m.awaitEnd(ctx)
 	m.log.Info("stopping", "then", how.String())
-	for i := len(list) - 1; i >= 0; i-- {
+	for i, s := range slices.Backward(list) {
 		stops[i]()
-		<-list[i].done
+		<-s.done
 	}
 	return how
 }

@@ -53,7 +53,7 @@ func watchButtons(ctx context.Context, dir string, pressed chan<- struct{}) {
 func hasPowerKey(f *os.File) bool {
 	var bits [96]byte // KEY_CNT is 0x300 bits
 	// _IOC(_IOC_READ, 'E', 0x20 + EV_KEY, len)
-	req := uintptr(2<<30 | len(bits)<<16 | 'E'<<8 | (0x20 + evKey))
+	req := uintptr(2)<<30 | uintptr(len(bits))<<16 | 'E'<<8 | (0x20 + evKey)
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), req, uintptr(unsafe.Pointer(&bits[0])))
 	return errno == 0 && bits[keyPower/8]&(1<<(keyPower%8)) != 0
 }

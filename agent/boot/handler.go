@@ -3,14 +3,14 @@ package boot
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
+	"slices"
 	"strings"
 )
 
 // handler writes log records as short lines for a person at the console.
 type handler struct {
-	out   func() io.Writer
+	out   func(line string)
 	attrs []slog.Attr
 }
 
@@ -32,12 +32,12 @@ func (h *handler) Handle(_ context.Context, r slog.Record) error {
 	}
 	r.Attrs(add)
 	b.WriteByte('\n')
-	_, err := io.WriteString(h.out(), b.String())
-	return err
+	h.out(b.String())
+	return nil
 }
 
 func (h *handler) WithAttrs(as []slog.Attr) slog.Handler {
-	return &handler{out: h.out, attrs: append(h.attrs[:len(h.attrs):len(h.attrs)], as...)}
+	return &handler{out: h.out, attrs: append(slices.Clip(h.attrs), as...)}
 }
 
 // WithGroup is not used by init.

@@ -12,6 +12,10 @@ import (
 // They lie in memory on a diskless node.
 const maxLog = 256 << 10
 
+// logTime is how a line's time is written. The clock of a diskless machine may
+// be wrong until the head has told it the time.
+const logTime = "2006-01-02T15:04:05.000Z07:00"
+
 // maxLine bounds a line of a service's output; longer ones are broken.
 const maxLine = 1000
 
@@ -41,7 +45,8 @@ func (l *logFile) Write(p []byte) (int, error) {
 	}
 	if l.size+int64(len(p)) > maxLog {
 		l.f.Close()
-		os.Rename(l.path, l.path+".1")
+		// Should this fail, the old half is lost and not the new lines.
+		_ = os.Rename(l.path, l.path+".1")
 		f, err := os.OpenFile(l.path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
 		if err != nil {
 			l.f = nil

@@ -67,7 +67,7 @@ func (l *loader) hardware(sys string) (fresh int) {
 func modaliases(sys string) []string {
 	seen := make(map[string]bool)
 	var all []string
-	filepath.WalkDir(sys, func(path string, d fs.DirEntry, err error) error {
+	_ = filepath.WalkDir(sys, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() || d.Name() != "modalias" {
 			return nil // a device may go while we walk
 		}

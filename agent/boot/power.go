@@ -66,7 +66,9 @@ func (m *machine) end(how ending) {
 	if m.stateMounted {
 		if err := unix.Unmount(StateDir, 0); err != nil {
 			m.log.Warn("state not unmounted, it is made read-only", "why", err)
-			unix.Mount("", StateDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+			if err := unix.Mount("", StateDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+				m.log.Warn("state not made read-only", "why", err)
+			}
 		}
 		unix.Sync()
 	}
@@ -74,12 +76,12 @@ func (m *machine) end(how ending) {
 	if m.tty != nil {
 		m.tty.Flush(2 * time.Second)
 	}
-	cmd := map[ending]int{
+	cmd := map[ending]uint32{
 		restart:  unix.LINUX_REBOOT_CMD_RESTART,
 		powerOff: unix.LINUX_REBOOT_CMD_POWER_OFF,
 		halt:     unix.LINUX_REBOOT_CMD_HALT,
 	}[how]
-	if err := unix.Reboot(cmd); err != nil {
+	if err := unix.Reboot(int(int32(cmd))); err != nil { // the kernel takes 32 bits
 		m.log.Error("reboot", "why", err)
 		time.Sleep(lastWords)
 		unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)

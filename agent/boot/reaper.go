@@ -28,7 +28,7 @@ func (r *reaper) start(argv []string, attr *syscall.ProcAttr) (int, <-chan sysca
 	defer r.mu.Unlock()
 	path := argv[0]
 	if path == self {
-		path = "/proc/self/exe"
+		path = ownPath()
 	}
 	pid, err := syscall.ForkExec(path, argv, attr)
 	if err != nil {
@@ -77,4 +77,20 @@ func (r *reaper) collect() {
 		}
 		r.mu.Unlock()
 	}
+}
+
+// ownPath is where this program lies in the image, so that ps shows its name;
+// by /proc/self/exe it would be called "exe".
+func ownPath() string {
+	const exe = "/proc/self/exe"
+	own, err := os.Stat(exe)
+	if err != nil {
+		return exe
+	}
+	for _, p := range []string{"/usr/bin/mosagent", "/bin/mosagent", "/bbin/mosagent", "/usr/sbin/mosagent"} {
+		if fi, err := os.Stat(p); err == nil && os.SameFile(fi, own) {
+			return p
+		}
+	}
+	return exe
 }

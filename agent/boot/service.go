@@ -55,13 +55,13 @@ func (m *machine) keep(ctx context.Context, s *service) {
 			return
 		}
 		delay = nextDelay(delay, time.Since(began))
-		text := status
+		what, text := "service ended", status
 		if err != nil {
-			text = err.Error()
+			what, text = "service not started", err.Error()
 		}
 		// A service that fails for the same reason again says so once.
 		if text != told {
-			m.log.Warn("service ended", "service", s.name, "why", text, "again_in", delay)
+			m.log.Warn(what, "service", s.name, "why", text, "again_in", delay)
 			told = text
 		}
 		select {
@@ -144,14 +144,14 @@ func (m *machine) stdio(s *service) (files [3]*os.File, after func(), err error)
 // copyLines shows a service's output on the consoles with its name before
 // each line, and keeps it in the service's log.
 func (m *machine) copyLines(name string, r io.Reader) {
-	var file io.Writer = io.Discard
+	file := io.Discard
 	if l, err := openLog(filepath.Join(m.logDir, name+".log")); err == nil {
-		defer l.Close()
+		defer func() { _ = l.Close() }()
 		file = l
 	}
 	lines(r, func(line []byte) {
 		fmt.Fprintf(m.out, "%s: %s\n", name, line)
-		file.Write(append(line, '\n'))
+		fmt.Fprintf(file, "%s %s\n", time.Now().Format(logTime), line)
 	})
 }
 

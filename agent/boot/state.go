@@ -197,7 +197,7 @@ func (m *machine) command(argv ...string) error {
 	})
 	var ws syscall.WaitStatus
 	for {
-		if _, err = syscall.Wait4(pid, &ws, 0, nil); err != syscall.EINTR {
+		if _, err = syscall.Wait4(pid, &ws, 0, nil); !errors.Is(err, syscall.EINTR) {
 			break
 		}
 	}

@@ -29,7 +29,7 @@ func Active() []string {
 		return nil
 	}
 	var devs []string
-	for _, name := range strings.Fields(string(data)) {
+	for name := range strings.FieldsSeq(string(data)) {
 		devs = append(devs, filepath.Join("/dev", name))
 	}
 	return devs
@@ -43,7 +43,8 @@ type Consoles struct {
 }
 
 type out struct {
-	f *os.File
+	dev string
+	f   *os.File // used by drain only
 
 	mu      sync.Mutex // guards the following
 	cond    *sync.Cond
@@ -57,19 +58,28 @@ type out struct {
 func Open(devs []string) *Consoles {
 	c := new(Consoles)
 	for _, dev := range devs {
-		// O_NONBLOCK: opening a serial port without carrier must not wait.
-		fd, err := unix.Open(dev, unix.O_WRONLY|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-		if err != nil {
-			continue
+		if f, err := openTTY(dev); err == nil {
+			c.add(dev, f)
 		}
-		unix.SetNonblock(fd, false)
-		c.add(os.NewFile(uintptr(fd), dev))
 	}
 	return c
 }
 
-func (c *Consoles) add(f *os.File) {
-	o := &out{f: f}
+func openTTY(dev string) (*os.File, error) {
+	// O_NONBLOCK: opening a serial port without carrier must not wait.
+	fd, err := unix.Open(dev, unix.O_WRONLY|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.SetNonblock(fd, false); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), dev), nil
+}
+
+func (c *Consoles) add(dev string, f *os.File) {
+	o := &out{dev: dev, f: f}
 	o.cond = sync.NewCond(&o.mu)
 	c.outs = append(c.outs, o)
 	go o.drain()
@@ -113,11 +123,27 @@ func (o *out) drain() {
 		}
 		o.busy = true
 		o.mu.Unlock()
-		o.f.Write(p)
+		o.send(p)
 		o.mu.Lock()
 		o.busy = false
 		o.cond.Broadcast()
 	}
+}
+
+// send writes p, if need be to the device opened anew: when a shell on a
+// terminal ends, the kernel hangs it up for everybody who has it open.
+func (o *out) send(p []byte) {
+	n, err := o.f.Write(p)
+	if err == nil {
+		return
+	}
+	f, err := openTTY(o.dev)
+	if err != nil {
+		return // the next message tries again
+	}
+	o.f.Close()
+	o.f = f
+	_, _ = o.f.Write(p[n:])
 }
 
 // Flush waits until everything is written, but no longer than limit: the last

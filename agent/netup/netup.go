@@ -15,6 +15,7 @@ import (
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
@@ -38,6 +39,9 @@ const (
 	// cardWait is how long we wait for the card that booted before we try
 	// the others: USB cards take seconds to appear.
 	cardWait = 15 * time.Second
+	// linkWait is how long a link may take to come up before its cable is
+	// doubted: autonegotiation takes a second or three.
+	linkWait = 4 * time.Second
 	// remind is how often a lack that lasts is said again.
 	remind = time.Minute
 )
@@ -112,6 +116,7 @@ func (s *service) tell(st Status) {
 // has carrier.
 func (s *service) awaitCarrier(ctx context.Context) ([]link, error) {
 	began := time.Now()
+	tried := began // when the last card was brought up
 	want := s.Card
 	upped := make(map[string]bool)
 	for {
@@ -127,7 +132,7 @@ func (s *service) awaitCarrier(ctx context.Context) ([]link, error) {
 		}
 		for _, l := range match {
 			if !upped[l.Name] {
-				upped[l.Name] = true
+				upped[l.Name], tried = true, time.Now()
 				if err := setUp(l.Name); err != nil {
 					s.Log.Warn("card cannot be brought up", "card", l.String(), "why", err)
 				}
@@ -136,8 +141,7 @@ func (s *service) awaitCarrier(ctx context.Context) ([]link, error) {
 		if up := withCarrier(match); len(up) > 0 {
 			return up, nil
 		}
-		// Links need a second or three after "up"; crying at once would be noise.
-		if time.Since(began) > 4*time.Second {
+		if time.Since(tried) > linkWait {
 			st := Status{State: api.StateNoLink, Reason: whyNone(all, match, want)}
 			if len(match) > 0 {
 				st.Interface, st.MAC = match[0].Name, match[0].MAC
@@ -184,7 +188,6 @@ func (s *service) race(ctx context.Context, links []link) (string, *dhcpv4.DHCPv
 // says no (systemd-networkd calls it KeepConfiguration=dhcp): when the head
 // is down for long, its nodes must not cut their own connections.
 func (s *service) hold(ctx context.Context, name string, ack *dhcpv4.DHCPv4) error {
-	began := time.Now()
 	l, err := leaseOf(ack)
 	if err != nil {
 		s.Log.Warn("lease refused", "card", name, "why", err)
@@ -196,54 +199,47 @@ func (s *service) hold(ctx context.Context, name string, ack *dhcpv4.DHCPv4) err
 	}
 	st := s.statusOf(name, l)
 	s.tell(st)
-	carrier := true
-	wait := time.Duration(0)
-	for {
-		todo, pause := l.next(time.Since(began))
-		if wait <= 0 && todo != keep {
-			wait = pause
-			fresh, err := s.again(ctx, todo, name, ack)
-			switch {
-			case ctx.Err() != nil:
-				return nil
-			case errors.Is(err, errNak):
-				st.Reason = err.Error()
-				s.tell(st)
-				return nil
-			case err != nil:
-				st.Reason = err.Error()
-				s.tell(st)
-			default:
-				nl, err := leaseOf(fresh)
-				if err != nil || !nl.Address.IP.Equal(l.Address.IP) {
-					return nil // another address: begin anew
-				}
-				ack, l, began, wait = fresh, nl, time.Now(), 0
-				st = s.statusOf(name, l)
-				s.tell(st)
-			}
-			continue
-		}
-		if !sleep(ctx, poll) {
-			return nil
-		}
-		wait -= poll
-		_, now := Wired(name)
-		if now != carrier {
+	began := time.Now() // of the lease
+	var asked time.Time // when we last tried to extend it
+	var pause time.Duration
+	for carrier := true; sleep(ctx, poll); {
+		if _, now := Wired(name); now != carrier {
 			carrier = now
-			if carrier {
-				// Another switch may mean another network: ask at once.
-				st.Reason = ""
-				if l.Expire > 0 {
-					began = began.Add(-max(0, l.Renew-time.Since(began)))
-					wait = 0
-				}
-			} else {
+			st.Reason = ""
+			if !carrier {
 				st.Reason = fmt.Sprintf("no carrier on %s (%s): check the cable", st.Interface, st.MAC)
+			} else if age := time.Since(began); l.Expire > 0 && age < l.Renew {
+				// Another switch may mean another network: ask now.
+				began = began.Add(age - l.Renew)
 			}
 			s.tell(st)
 		}
+		todo, next := l.next(time.Since(began))
+		if todo == keep || !carrier || time.Since(asked) < pause {
+			continue
+		}
+		asked, pause = time.Now(), next
+		fresh, err := s.again(ctx, todo, name, ack)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			st.Reason = err.Error()
+			s.tell(st)
+			if errors.Is(err, errNak) {
+				return nil
+			}
+			continue
+		}
+		granted, err := leaseOf(fresh)
+		if err != nil || granted.Address.String() != l.Address.String() {
+			return nil // another address: begin anew
+		}
+		ack, l, began, pause = fresh, granted, asked, 0
+		st = s.statusOf(name, l)
+		s.tell(st)
 	}
+	return nil
 }
 
 func (s *service) again(ctx context.Context, todo step, name string, ack *dhcpv4.DHCPv4) (*dhcpv4.DHCPv4, error) {
@@ -292,7 +288,7 @@ func (s *service) static(ctx context.Context, addr net.IPNet) error {
 	began := time.Now()
 	for {
 		st.Reason = ""
-		if _, carrier := Wired(l.Name); !carrier && time.Since(began) > 4*time.Second {
+		if _, carrier := Wired(l.Name); !carrier && time.Since(began) > linkWait {
 			st.Reason = whyNone(nil, []link{l}, "")
 		}
 		s.tell(st)
@@ -318,19 +314,21 @@ func configure(name string, addr net.IPNet, gw net.IP) error {
 		return err
 	}
 	want := &netlink.Addr{IPNet: &addr}
-	if err := netlink.AddrReplace(l, want); err != nil {
-		return fmt.Errorf("set address %s: %w", addr.String(), err)
-	}
 	old, err := netlink.AddrList(l, netlink.FAMILY_V4)
 	if err != nil {
 		return err
 	}
+	// Old ones go first: with the first address of a subnet the kernel
+	// removes all others of it.
 	for _, a := range old {
-		if !a.Equal(*want) {
-			if err := netlink.AddrDel(l, &a); err != nil {
+		if a.IPNet.String() != addr.String() {
+			if err := netlink.AddrDel(l, &a); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 				return fmt.Errorf("remove old address %s: %w", a.IPNet, err)
 			}
 		}
+	}
+	if err := netlink.AddrReplace(l, want); err != nil {
+		return fmt.Errorf("set address %s: %w", addr.String(), err)
 	}
 	if gw == nil {
 		return nil

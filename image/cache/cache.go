@@ -19,6 +19,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -56,7 +57,7 @@ func Open(dir string) (*Cache, error) {
 		return nil, fault.New(fault.Environment, "open cache", dir, err, "name a writable folder with --cache")
 	}
 	c := &Cache{dir: abs}
-	RemoveStale(c.Path("tmp"), "*")
+	RemoveStale(c.Path("tmp"), "")
 	return c, nil
 }
 
@@ -89,14 +90,13 @@ func NewTempDir(parent, prefix string) (*TempDir, error) {
 		return nil, err
 	}
 	f, err := os.Open(dir)
-	if err == nil {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	}
 	if err != nil {
-		f.Close()
 		os.RemoveAll(dir)
-		return nil, fmt.Errorf("lock %s: %w", dir, err)
+		return nil, err
 	}
+	// A file system without locks (some network ones) only loses the
+	// removal of left-overs: RemoveStale gets no lock there either.
+	_ = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	return &TempDir{Path: dir, lock: f}, nil
 }
 
@@ -104,25 +104,26 @@ func NewTempDir(parent, prefix string) (*TempDir, error) {
 // to its place.
 func (t *TempDir) Keep() { t.lock.Close() }
 
-// Remove deletes the folder and all in it.
-func (t *TempDir) Remove() error {
-	err := os.RemoveAll(t.Path)
+// Remove deletes the folder and all in it. What cannot be deleted now is left
+// to the next RemoveStale.
+func (t *TempDir) Remove() {
+	os.RemoveAll(t.Path)
 	t.lock.Close()
-	return err
 }
 
 // staleAge protects a folder in the moment between its making and its lock.
 const staleAge = 10 * time.Second
 
-// RemoveStale removes the folders in parent matching pattern that no living
-// process holds. Faults are left for the next time.
-func RemoveStale(parent, pattern string) {
-	names, _ := filepath.Glob(filepath.Join(parent, pattern))
-	for _, name := range names {
-		st, err := os.Lstat(name)
-		if err != nil || !st.IsDir() || time.Since(st.ModTime()) < staleAge {
+// RemoveStale removes the folders in parent whose names begin with prefix and
+// that no living process holds. Faults are left for the next time.
+func RemoveStale(parent, prefix string) {
+	entries, _ := os.ReadDir(parent)
+	for _, e := range entries {
+		st, err := e.Info()
+		if err != nil || !st.IsDir() || !strings.HasPrefix(e.Name(), prefix) || time.Since(st.ModTime()) < staleAge {
 			continue
 		}
+		name := filepath.Join(parent, e.Name())
 		f, err := os.Open(name)
 		if err != nil {
 			continue
@@ -184,12 +185,17 @@ const keepFor = 30 * 24 * time.Hour
 // Prune removes step results and downloads that were not used for 30 days.
 // Use marks them.
 func (c *Cache) Prune() {
+	folders := []string{c.Path("blobs"), c.Path("index")}
+	kinds, _ := os.ReadDir(c.Path("steps"))
+	for _, k := range kinds {
+		folders = append(folders, c.Path("steps", k.Name()))
+	}
 	old := time.Now().Add(-keepFor)
-	for _, pattern := range []string{"steps/*/*", "blobs/*", "index/*"} {
-		names, _ := filepath.Glob(c.Path(pattern))
-		for _, n := range names {
-			if st, err := os.Lstat(n); err == nil && st.ModTime().Before(old) {
-				os.RemoveAll(n)
+	for _, dir := range folders {
+		entries, _ := os.ReadDir(dir)
+		for _, e := range entries {
+			if st, err := e.Info(); err == nil && st.ModTime().Before(old) {
+				os.RemoveAll(filepath.Join(dir, e.Name()))
 			}
 		}
 	}

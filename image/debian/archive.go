@@ -41,7 +41,6 @@ type Archive struct {
 	Suites []Suite
 	opts   Options
 	keys   openpgp.EntityList
-	index  *Index
 }
 
 // Suite is one verified suite of an Archive.
@@ -79,7 +78,7 @@ func Open(ctx context.Context, o Options) (*Archive, error) {
 		roots = []string{strings.TrimRight(o.Mirror, "/")}
 	}
 	if len(roots) == 0 {
-		return nil, fault.New(fault.Environment, "find", "a mirror for suite "+o.Suite, "this machine's apt names no Debian archive", "name one with --mirror URL")
+		return nil, fault.New(fault.Environment, "find a mirror for", "suite "+o.Suite, "this machine's apt names no Debian archive", "name one with --mirror URL")
 	}
 	main, err := a.openFirst(ctx, o.Suite, roots)
 	if err != nil {
@@ -139,7 +138,7 @@ func (a *Archive) openFirst(ctx context.Context, suite string, roots []string) (
 	if len(roots) == 0 {
 		faults.Addf("no mirror for it is known")
 	}
-	return nil, faults.Err(kind, "open suite", suite, "try another --mirror, or check the network and apt's sources")
+	return nil, faults.Err(kind, "find a mirror for", "suite "+suite, "name another with --mirror, or check the network and apt's sources")
 }
 
 // stored is an InRelease file in the cache with what is needed to ask whether
@@ -156,7 +155,7 @@ type stored struct {
 // when the mirror offers an older one.
 func (a *Archive) openSuite(ctx context.Context, suite, root string) (*Suite, error) {
 	u := root + "/dists/" + suite + "/InRelease"
-	file := a.opts.Fetcher.Cache.Path("index", hexSum([]byte(u))[:32]+".json")
+	file := a.opts.Fetcher.cache.Path("index", hexSum([]byte(u))[:32]+".json")
 	var old stored
 	var oldRelease *Release
 	if data, err := os.ReadFile(file); err == nil && json.Unmarshal(data, &old) == nil && old.URL == u {
@@ -177,9 +176,9 @@ func (a *Archive) openSuite(ctx context.Context, suite, root string) (*Suite, er
 			return &Suite{suite, root, hexSum(old.InRelease), oldRelease}, nil
 		}
 		if notThere(err) {
-			return nil, fault.New(fault.NotFound, "open suite", suite, err, "")
+			return nil, fault.New(fault.NotFound, "fetch", "InRelease", err, "")
 		}
-		return nil, fault.New(fault.Unavailable, "open suite", suite, err, "")
+		return nil, fault.New(fault.Unavailable, "fetch", "InRelease", err, "")
 	}
 	if data == nil || oldRelease != nil && bytes.Equal(data, old.InRelease) {
 		cache.Use(file)
@@ -212,6 +211,16 @@ func (a *Archive) Key() string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
+// Root is the URL under which the packages of a suite lie.
+func (a *Archive) Root(suite string) string {
+	for _, s := range a.Suites {
+		if s.Name == suite {
+			return s.Root
+		}
+	}
+	return ""
+}
+
 // Date is that of the newest suite.
 func (a *Archive) Date() time.Time {
 	var d time.Time
@@ -223,18 +232,15 @@ func (a *Archive) Date() time.Time {
 	return d
 }
 
-// Index is the packages of all suites; it is read at the first call.
-func (a *Archive) Index(ctx context.Context) (*Index, error) {
-	if a.index != nil {
-		return a.index, nil
-	}
+// Index reads the packages of all suites. progress, if not nil, hears of the
+// downloads.
+func (a *Archive) Index(ctx context.Context, progress func(name string, done, total int64)) (*Index, error) {
 	x := NewIndex()
 	for _, s := range a.Suites {
-		if err := a.readSuite(ctx, s, x); err != nil {
+		if err := a.readSuite(ctx, s, x, a.opts.Fetcher.WithProgress(progress)); err != nil {
 			return nil, err
 		}
 	}
-	a.index = x
 	return x, nil
 }
 
@@ -242,7 +248,7 @@ func (a *Archive) Index(ctx context.Context) (*Index, error) {
 // that Debian itself supports.
 const component = "main"
 
-func (a *Archive) readSuite(ctx context.Context, s Suite, x *Index) error {
+func (a *Archive) readSuite(ctx context.Context, s Suite, x *Index, fetcher *Fetcher) error {
 	dir := component + "/binary-" + a.opts.Arch + "/"
 	for _, suffix := range []string{".xz", ".gz"} {
 		name := dir + "Packages" + suffix
@@ -255,7 +261,7 @@ func (a *Archive) readSuite(ctx context.Context, s Suite, x *Index) error {
 		if s.Release.ByHash {
 			urls = append([]string{base + dir + "by-hash/SHA256/" + entry.SHA256}, urls...)
 		}
-		file, err := a.opts.Fetcher.Blob(ctx, s.Name+" "+name, urls, entry.Size, entry.SHA256)
+		file, err := fetcher.Blob(ctx, s.Name+" "+name, urls, entry.Size, entry.SHA256)
 		if err != nil {
 			return err
 		}

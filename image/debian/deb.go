@@ -82,7 +82,7 @@ func walkDeb(r io.Reader, each func(*DebFile) error) error {
 	version := false
 	for {
 		name, body, err := members.next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return errors.New("it has no data.tar")
 		}
 		if err != nil {
@@ -134,7 +134,7 @@ func walkTar(r io.Reader, each func(*DebFile) error) error {
 	t := tar.NewReader(budget)
 	for n := 0; ; n++ {
 		h, err := t.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
@@ -221,7 +221,8 @@ func (a *arReader) next() (name string, body io.Reader, err error) {
 	}
 	if a.current != nil {
 		rest := a.current.N + a.pad
-		if n, err := io.CopyN(io.Discard, a.r, rest); err != nil && !(err == io.EOF && n == rest-a.pad) {
+		// Some writers leave the padding of the last member out.
+		if n, _ := io.CopyN(io.Discard, a.r, rest); n < rest-a.pad {
 			return "", nil, io.ErrUnexpectedEOF
 		}
 	}

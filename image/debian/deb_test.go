@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -12,22 +11,9 @@ import (
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
-)
 
-// ar packs members as dpkg-deb does.
-func ar(members ...any) []byte {
-	var b bytes.Buffer
-	b.WriteString("!<arch>\n")
-	for i := 0; i < len(members); i += 2 {
-		data := members[i+1].([]byte)
-		fmt.Fprintf(&b, "%-16s%-12d%-6d%-6d%-8o%-10d`\n", members[i], 0, 0, 0, 0o100644, len(data))
-		b.Write(data)
-		if len(data)%2 == 1 {
-			b.WriteByte('\n')
-		}
-	}
-	return b.Bytes()
-}
+	"mosimg/image/debian/debiantest"
+)
 
 func tarOf(headers ...tar.Header) []byte {
 	var b bytes.Buffer
@@ -70,7 +56,7 @@ func zst(data []byte) []byte {
 
 // deb packs a data.tar into a package.
 func deb(data []byte) []byte {
-	return ar("debian-binary", []byte("2.0\n"), "control.tar.gz", gz(tarOf(file("./control", "Package: x\n"))), "data.tar.gz", gz(data))
+	return debiantest.Ar("debian-binary", []byte("2.0\n"), "control.tar.gz", gz(tarOf(file("./control", "Package: x\n"))), "data.tar.gz", gz(data))
 }
 
 func walk(t *testing.T, data []byte) ([]string, error) {
@@ -109,8 +95,8 @@ func TestWalkDeb(t *testing.T) {
 	want := "usr|usr/a=hello|usr/b->../../etc/x|usr/c->usr/a"
 	for name, pkg := range map[string][]byte{
 		"gz":    deb(data),
-		"plain": ar("debian-binary", []byte("2.0\n"), "data.tar", data),
-		"zst":   ar("debian-binary", []byte("2.0\n"), "control.tar.zst", []byte("odd"), "data.tar.zst/", zst(data)),
+		"plain": debiantest.Ar("debian-binary", []byte("2.0\n"), "data.tar", data),
+		"zst":   debiantest.Ar("debian-binary", []byte("2.0\n"), "control.tar.zst", []byte("odd"), "data.tar.zst/", zst(data)),
 	} {
 		got, err := walk(t, pkg)
 		if err != nil || strings.Join(got, "|") != want {
@@ -130,11 +116,11 @@ func TestWalkDebRefuses(t *testing.T) {
 	}{
 		{"not ar", []byte("<html>"), "magic"},
 		{"empty", nil, "magic"},
-		{"no data", ar("debian-binary", []byte("2.0\n")), "no data.tar"},
-		{"old format", ar("debian-binary", []byte("0.9\n"), "data.tar", good), "debian-binary"},
-		{"unknown compression", ar("debian-binary", []byte("2.0\n"), "data.tar.lzma", good), "compression"},
+		{"no data", debiantest.Ar("debian-binary", []byte("2.0\n")), "no data.tar"},
+		{"old format", debiantest.Ar("debian-binary", []byte("0.9\n"), "data.tar", good), "debian-binary"},
+		{"unknown compression", debiantest.Ar("debian-binary", []byte("2.0\n"), "data.tar.lzma", good), "compression"},
 		{"cut gz", deb(good)[:len(deb(good))-40], "EOF"},
-		{"cut plain", ar("debian-binary", []byte("2.0\n"), "data.tar", good)[:2000], "EOF"},
+		{"cut plain", debiantest.Ar("debian-binary", []byte("2.0\n"), "data.tar", good)[:2000], "EOF"},
 		{"bad header", append([]byte("!<arch>\n"), bytes.Repeat([]byte("x"), 60)...), "header"},
 		{"dot dot", deb(tarOf(file("./../x", "x"))), "leaves"},
 		{"hidden dot dot", deb(tarOf(file("./a/../../x", "x"))), "leaves"},
@@ -151,8 +137,8 @@ func TestWalkDebRefuses(t *testing.T) {
 func FuzzWalkDeb(f *testing.F) {
 	data := tarOf(file("./a", "hello"), tar.Header{Name: "./b", Typeflag: tar.TypeSymlink, Linkname: "a"})
 	f.Add(deb(data))
-	f.Add(ar("debian-binary", []byte("2.0\n"), "data.tar", data))
-	f.Add(ar("debian-binary", []byte("2.0\n"), "data.tar.zst", zst(data)))
+	f.Add(debiantest.Ar("debian-binary", []byte("2.0\n"), "data.tar", data))
+	f.Add(debiantest.Ar("debian-binary", []byte("2.0\n"), "data.tar.zst", zst(data)))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		_ = walkDeb(bytes.NewReader(data), func(f *DebFile) error {
 			if f.Name == "" || f.Name == ".." || strings.HasPrefix(f.Name, "../") || strings.HasPrefix(f.Name, "/") {

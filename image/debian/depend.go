@@ -42,12 +42,12 @@ func (d Dependency) Allows(version string) bool {
 // in order of preference. Architecture qualifiers (":any") are dropped.
 func ParseDepends(field string) ([][]Dependency, error) {
 	var all [][]Dependency
-	for _, clause := range strings.Split(field, ",") {
+	for clause := range strings.SplitSeq(field, ",") {
 		if strings.TrimSpace(clause) == "" {
 			continue
 		}
 		var alternatives []Dependency
-		for _, text := range strings.Split(clause, "|") {
+		for text := range strings.SplitSeq(clause, "|") {
 			d, err := parseDependency(text)
 			if err != nil {
 				return nil, err

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -19,21 +20,43 @@ import (
 	"mosimg/internal/fault"
 )
 
-// Fetcher gets files from mirrors.
+// Fetcher gets files from mirrors. It is safe for concurrent use.
 type Fetcher struct {
-	Cache *cache.Cache
-	// Proxy answers which proxy to use for a URL; nil means the
-	// environment's (http_proxy and so on).
-	Proxy func(*http.Request) (*url.URL, error)
-	// Progress, if not nil, hears how far a download is, at most once a second.
-	Progress func(name string, done, total int64)
-	Log      *slog.Logger // nil is silent
+	cache    *cache.Cache
+	client   *http.Client
+	log      *slog.Logger
+	progress func(name string, done, total int64)
+	pause    time.Duration // before the second try
+}
 
-	client *http.Client
+// NewFetcher makes a Fetcher that keeps what it gets in c. proxy answers which
+// proxy to use for a request; nil means the environment's (http_proxy and so
+// on). A nil log is silent.
+func NewFetcher(c *cache.Cache, proxy func(*http.Request) (*url.URL, error), log *slog.Logger) *Fetcher {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.ResponseHeaderTimeout = connectTime
+	// A compressed file must arrive as it is, or no hash would fit.
+	t.DisableCompression = true
+	if proxy != nil {
+		t.Proxy = proxy
+	}
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &Fetcher{cache: c, client: &http.Client{Transport: t}, log: log, pause: fetchPause}
+}
+
+// WithProgress is the same Fetcher with somebody who hears how far each
+// download is, at most once a second.
+func (f *Fetcher) WithProgress(tell func(name string, done, total int64)) *Fetcher {
+	c := *f
+	c.progress = tell
+	return &c
 }
 
 const (
 	fetchTries  = 4
+	smallTries  = 2                      // for an index: there are other mirrors, or the one in the cache
 	fetchPause  = 500 * time.Millisecond // before the second try; doubled each time
 	connectTime = 20 * time.Second       // to the first byte of the answer
 	idleTime    = 30 * time.Second       // without a byte: the transfer hangs
@@ -51,34 +74,13 @@ func notThere(err error) bool {
 	return errors.As(err, &gone) || errors.Is(err, fs.ErrNotExist)
 }
 
-func (f *Fetcher) log() *slog.Logger {
-	if f.Log == nil {
-		return slog.New(slog.DiscardHandler)
-	}
-	return f.Log
-}
-
-func (f *Fetcher) http() *http.Client {
-	if f.client == nil {
-		t := http.DefaultTransport.(*http.Transport).Clone()
-		t.ResponseHeaderTimeout = connectTime
-		// A compressed file must arrive as it is, or no hash would fit.
-		t.DisableCompression = true
-		if f.Proxy != nil {
-			t.Proxy = f.Proxy
-		}
-		f.client = &http.Client{Transport: t}
-	}
-	return f.client
-}
-
 // Small fetches a file of at most limit bytes. When etag or since is set and
 // the file did not change, it returns (nil, nil, nil). The header is nil for
 // file URLs.
 func (f *Fetcher) Small(ctx context.Context, rawURL string, limit int64, since http.Header) ([]byte, http.Header, error) {
 	var data []byte
 	var header http.Header
-	err := f.retry(ctx, rawURL, func(ctx context.Context) error {
+	err := f.retry(ctx, rawURL, smallTries, func(ctx context.Context) error {
 		body, h, err := f.open(ctx, rawURL, 0, since)
 		if err != nil || body == nil {
 			data = nil
@@ -102,7 +104,7 @@ func (f *Fetcher) Small(ctx context.Context, rawURL string, limit int64, since h
 // first URL that has it, and returns its path. An interrupted download is
 // taken up where it ended, by this or another process.
 func (f *Fetcher) Blob(ctx context.Context, name string, urls []string, size int64, sum string) (string, error) {
-	final := f.Cache.Blob(sum)
+	final := f.cache.Blob(sum)
 	if err := checkFile(final, size, sum); err == nil {
 		cache.Use(final)
 		return final, nil
@@ -159,7 +161,7 @@ func isLocal(err error) bool {
 func (f *Fetcher) download(ctx context.Context, name, rawURL string, part *os.File, size int64, sum string) error {
 	resumed := false
 	for {
-		err := f.retry(ctx, rawURL, func(ctx context.Context) error {
+		err := f.retry(ctx, rawURL, fetchTries, func(ctx context.Context) error {
 			st, err := part.Stat()
 			if err != nil {
 				return err
@@ -196,7 +198,7 @@ func (f *Fetcher) download(ctx context.Context, name, rawURL string, part *os.Fi
 				fmt.Sprintf("%s has SHA-256 %.12s, the signed index says %.12s", rawURL, got, sum),
 				"the mirror or something on the way changed it; try another --mirror")
 		}
-		f.log().Warn("a resumed download does not verify, fetching it anew", "file", name)
+		f.log.Warn("a resumed download does not verify, fetching it anew", "file", name)
 		resumed = false
 	}
 }
@@ -217,7 +219,7 @@ func (f *Fetcher) append(ctx context.Context, name, rawURL string, part *os.File
 	if _, err := part.Seek(have, io.SeekStart); err != nil {
 		return err
 	}
-	w := &progressWriter{w: part, name: name, done: have, total: size, tell: f.Progress, last: time.Now()}
+	w := &progressWriter{w: part, name: name, done: have, total: size, tell: f.progress, last: time.Now()}
 	n, err := io.Copy(w, io.LimitReader(body, size-have+1))
 	if err != nil {
 		return err
@@ -225,6 +227,8 @@ func (f *Fetcher) append(ctx context.Context, name, rawURL string, part *os.File
 	switch {
 	case have+n > size:
 		return errors.Join(part.Truncate(0), errGone{fmt.Sprintf("it has more than the %d bytes that the signed index says", size)})
+	case have+n < size && header == nil: // a file: it stays as short as it is
+		return errGone{fmt.Sprintf("it has %d bytes, the signed index says %d", have+n, size)}
 	case have+n < size:
 		return io.ErrUnexpectedEOF
 	}
@@ -257,15 +261,17 @@ func (f *Fetcher) open(ctx context.Context, rawURL string, offset int64, since h
 		cancel(nil)
 		return nil, nil, errGone{err.Error()}
 	}
-	for k, v := range since {
-		req.Header[k] = v
-	}
+	maps.Copy(req.Header, since)
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
 	}
-	res, err := f.http().Do(req)
+	res, err := f.client.Do(req)
 	if err != nil {
 		cancel(nil)
+		var wrapped *url.Error
+		if errors.As(err, &wrapped) {
+			err = wrapped.Err // retry names the URL
+		}
 		return nil, nil, err
 	}
 	fail := func(err error) (io.ReadCloser, http.Header, error) {
@@ -293,10 +299,9 @@ func (f *Fetcher) open(ctx context.Context, rawURL string, offset int64, since h
 	return body, res.Header, nil
 }
 
-// retry runs try until it succeeds, with growing pauses, a bounded number of
-// times. Answers that will not change and faults of this machine end it.
-func (f *Fetcher) retry(ctx context.Context, rawURL string, try func(context.Context) error) error {
-	pause := fetchPause
+// retry runs try until it succeeds, with growing pauses, at most tries times. Answers that will not change and faults of this machine end it.
+func (f *Fetcher) retry(ctx context.Context, rawURL string, tries int, try func(context.Context) error) error {
+	pause := f.pause
 	for n := 1; ; n++ {
 		err := try(ctx)
 		if err == nil {
@@ -306,10 +311,14 @@ func (f *Fetcher) retry(ctx context.Context, rawURL string, try func(context.Con
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if n == fetchTries || errors.As(err, &gone) || isLocal(err) {
+		if n == tries || errors.As(err, &gone) || isLocal(err) {
 			return fmt.Errorf("%s: %w", rawURL, err)
 		}
-		f.log().Warn("fetch failed, trying again", "url", rawURL, "try", n, "error", err)
+		level := slog.LevelDebug // the first failure is often a hiccup
+		if n > 1 {
+			level = slog.LevelWarn
+		}
+		f.log.Log(ctx, level, "fetch failed, trying again", "url", rawURL, "try", n, "error", err)
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -330,7 +339,7 @@ type idleReader struct {
 func (r *idleReader) Read(p []byte) (int, error) {
 	n, err := r.body.Read(p)
 	r.timer.Reset(idleTime)
-	if err != nil && err != io.EOF && r.ctx.Err() != nil {
+	if err != nil && !errors.Is(err, io.EOF) && r.ctx.Err() != nil {
 		err = context.Cause(r.ctx)
 	}
 	return n, err

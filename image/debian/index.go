@@ -20,7 +20,9 @@ type Package struct {
 	Filename            string // under the archive's root
 	Size                int64
 	SHA256              string
-	Base                string // URL of the archive's root
+	// Base is the URL of the archive's root. It is not stored: the same
+	// package may come from another mirror tomorrow.
+	Base string `json:"-"`
 }
 
 // ReadPackages reads a Packages index and calls each for every package that

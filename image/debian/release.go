@@ -38,15 +38,15 @@ type IndexFile struct {
 	SHA256 string
 }
 
-// LoadKeyring reads an OpenPGP keyring, binary or armored.
+// LoadKeyring reads an OpenPGP keyring, binary or armoured.
 func LoadKeyring(path string) (openpgp.EntityList, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		hint := "name one with --keyring"
+		kind, hint := fault.Usage, "name another with --keyring"
 		if path == DefaultKeyring {
-			hint = "install the package debian-archive-keyring, or name a keyring with --keyring"
+			kind, hint = fault.Environment, "install the package debian-archive-keyring, or name a keyring with --keyring"
 		}
-		return nil, fault.New(fault.Environment, "read keyring", path, errors.Unwrap(err), hint)
+		return nil, fault.New(kind, "read keyring", path, errors.Unwrap(err), hint)
 	}
 	read := openpgp.ReadKeyRing
 	if bytes.HasPrefix(bytes.TrimSpace(data), []byte("-----BEGIN")) {
@@ -98,7 +98,7 @@ func verify(block *clearsign.Block, keys openpgp.KeyRing, now time.Time) (*openp
 	signatures := packet.NewOpaqueReader(block.ArmoredSignature.Body)
 	for {
 		p, err := signatures.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil, best
 		}
 		if err != nil {

@@ -48,8 +48,10 @@ func ReadHost(ctx context.Context, root string) *Host {
 			h.addDeb822(data)
 		}
 	}
-	if out, err := exec.CommandContext(ctx, "apt-config", "dump").Output(); err == nil {
-		h.proxies = parseProxies(string(out))
+	if root == "/" {
+		if out, err := exec.CommandContext(ctx, "apt-config", "dump").Output(); err == nil {
+			h.proxies = parseProxies(string(out))
+		}
 	}
 	return h
 }
@@ -82,8 +84,8 @@ func (h *Host) addDeb822(data []byte) {
 		if strings.EqualFold(p.Get("Enabled"), "no") || !slices.Contains(strings.Fields(p.Get("Types")), "deb") {
 			return nil
 		}
-		for _, uri := range strings.Fields(p.Get("URIs")) {
-			for _, suite := range strings.Fields(p.Get("Suites")) {
+		for uri := range strings.FieldsSeq(p.Get("URIs")) {
+			for suite := range strings.FieldsSeq(p.Get("Suites")) {
 				h.add(uri, suite)
 			}
 		}

@@ -6,6 +6,7 @@ package cli
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -47,9 +48,19 @@ func Main(ctx context.Context, env *Env) int {
 	if err == nil {
 		return 0
 	}
+	var status exitStatus
+	if errors.As(err, &status) {
+		return int(status)
+	}
 	fmt.Fprintln(env.Stderr, "mosimg:", err)
 	return fault.ExitStatus(err)
 }
+
+// exitStatus ends the command with the status of a command that it ran, which
+// has said what there was to say.
+type exitStatus int
+
+func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
 
 // newRoot is the whole tree of verbs, in the order of a first session.
 func newRoot(env *Env) *cobra.Command {
@@ -69,7 +80,11 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 		return fault.New(fault.Usage, "read flags of", c.CommandPath(), err, "see: "+c.CommandPath()+" --help")
 	})
 	for _, verb := range []func(*Env) *cobra.Command{
-		// one line for each verb: newBuildCmd, newHeadCmd, newNodeCmd, newLabCmd
+		newBuildCmd,
+		newHeadCmd,
+		newNodeCmd,
+		newLabCmd,
+		newBenchCmd,
 	} {
 		root.AddCommand(verb(env))
 	}

@@ -132,6 +132,18 @@ func (l *List) Err(kind Kind, op, object, hint string) error {
 	return New(kind, op, object, faults(l.errs), hint)
 }
 
+// All is Err for a list of faults that tell their whole story themselves: the
+// only one as it is, or all under one heading with the first one's kind.
+func (l *List) All(op, object string) error {
+	switch len(l.errs) {
+	case 0:
+		return nil
+	case 1:
+		return l.errs[0]
+	}
+	return New(KindOf(l.errs[0]), op, object, faults(l.errs), "")
+}
+
 type faults []error
 
 func (f faults) Error() string {

@@ -40,7 +40,9 @@ type Client struct {
 	stop   context.CancelFunc
 	done   chan struct{}
 
-	mu      sync.Mutex
+	helloMu sync.Mutex // orders hellos; taken before mu
+
+	mu      sync.Mutex    // guards the following
 	link    *link         // nil while there is none
 	changed chan struct{} // closed and renewed when link changes or becomes ready
 	nextID  int64
@@ -136,8 +138,16 @@ func (c *Client) hello(w *wire) {
 	go c.sendHello(l)
 }
 
+// sendHello sends a link's hello unless the link is no longer the current one.
+// Hellos are sent one at a time: were an old one to overtake the current
+// link's, the guest would end that link's first operations.
 func (c *Client) sendHello(l *link) {
-	if l.wire.resync() == nil {
+	c.helloMu.Lock()
+	defer c.helloMu.Unlock()
+	c.mu.Lock()
+	needed := c.link == l && !l.ready
+	c.mu.Unlock()
+	if needed && l.wire.resync() == nil {
 		l.wire.send(message{Op: opHello, Session: l.session, Version: protocolVersion})
 	}
 }
@@ -146,15 +156,9 @@ func (c *Client) repeatHello(w *wire) {
 	c.mu.Lock()
 	l := c.link
 	c.mu.Unlock()
-	if l != nil && l.wire == w && !l.isReady(c) {
+	if l != nil && l.wire == w {
 		c.sendHello(l)
 	}
-}
-
-func (l *link) isReady(c *Client) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return l.ready
 }
 
 // replace makes l the current link and ends the operations of the old one.
@@ -337,5 +341,7 @@ func (op *clientOp) feed(stdin io.Reader, id int64) {
 			return
 		}
 	}
-	op.in.sendChunk(message{Op: opData, ID: id, EOF: true})
+	if err := op.in.sendChunk(message{Op: opData, ID: id, EOF: true}); err != nil {
+		op.cancel(err)
+	}
 }

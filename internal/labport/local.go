@@ -69,7 +69,7 @@ func (Local) Run(ctx context.Context, c Cmd) (Exit, error) {
 	go func() {
 		defer stdin.Close()
 		if c.Stdin != nil {
-			io.Copy(stdin, c.Stdin)
+			_, _ = io.Copy(stdin, c.Stdin) // the command may end before its input does
 		}
 	}()
 	err = cmd.Wait()
@@ -98,7 +98,7 @@ func findProgram(name string) string {
 }
 
 func exitOf(p *os.ProcessState) Exit {
-	if ws, ok := p.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+	if ws, ok := p.Sys().(syscall.WaitStatus); ok && ws.Signal() >= 0 {
 		return Exit{Status: 128 + int(ws.Signal()), Signal: unix.SignalName(ws.Signal())}
 	}
 	return Exit{Status: p.ExitCode()}

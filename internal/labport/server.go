@@ -26,12 +26,13 @@ func ServeMachine(ctx context.Context, rw io.ReadWriter, m Machine, log *slog.Lo
 		log = slog.New(slog.DiscardHandler)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	s := &server{ctx: ctx, machine: m, log: log, wire: &wire{w: rw}, ops: make(map[int64]*serverOp)}
+	s := &server{ctx: ctx, machine: m, log: log, wire: &wire{w: rw}, greeted: make(chan struct{}), ops: make(map[int64]*serverOp)}
 	defer s.wait.Wait()
 	defer cancel(io.EOF)
 
 	done := make(chan error, 1)
 	go func() {
+		defer close(s.greeted)
 		// The writer may block until a host is there, so this is not
 		// done before the reader runs.
 		if err := s.wire.resync(); err == nil {
@@ -58,9 +59,11 @@ type server struct {
 	log     *slog.Logger
 	wire    *wire
 	wait    sync.WaitGroup
+	greeted chan struct{} // closed when opReady was sent
 
-	mu  sync.Mutex
-	ops map[int64]*serverOp // running operations of the current session
+	mu      sync.Mutex // guards the following
+	session string
+	ops     map[int64]*serverOp // running operations of the current session
 }
 
 // serverOp is one running operation.
@@ -76,13 +79,23 @@ func (s *server) take(m message) {
 	op := s.ops[m.ID]
 	switch m.Op {
 	case opHello:
-		for id, op := range s.ops {
-			op.cancel(errSession)
-			delete(s.ops, id)
+		// A hello may be repeated before its answer arrives; the session
+		// has begun by then, perhaps with operations.
+		if m.Session != s.session {
+			s.session = m.Session
+			for id, op := range s.ops {
+				op.cancel(errSession)
+				delete(s.ops, id)
+			}
+			s.log.Debug("lab port: new session", "session", m.Session)
 		}
-		s.log.Debug("lab port: new session", "session", m.Session)
 		// Not from here: a write may block, and then nothing is read.
-		go s.wire.send(message{Op: opHello, Session: m.Session, Version: protocolVersion})
+		go func() {
+			// After our own greeting: the host takes one that comes
+			// later for a restart, and gives up what it began.
+			<-s.greeted
+			s.wire.send(message{Op: opHello, Session: m.Session, Version: protocolVersion})
+		}()
 	case opRun, opPut:
 		if op != nil {
 			return

@@ -13,12 +13,16 @@ func newLabportCmd(env *Env) *cobra.Command {
 		Hidden: true,
 		Args:   usageArgs(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
-			port, err := labport.OpenWait(c.Context())
-			if err != nil {
-				return err
+			ctx := c.Context()
+			port, err := labport.OpenWait(ctx)
+			if err == nil {
+				defer port.Close()
+				err = labport.Serve(ctx, port, newLog(env.Stderr))
 			}
-			defer port.Close()
-			return labport.Serve(c.Context(), port, newLog(env.Stderr))
+			if ctx.Err() != nil {
+				return nil // told to end
+			}
+			return err
 		},
 	}
 }

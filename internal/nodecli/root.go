@@ -96,6 +96,10 @@ Called by a tool's name, it is that tool.`,
 		return fault.New(fault.Usage, "read flags of", c.CommandPath(), err, "see: "+c.CommandPath()+" --help")
 	})
 	for _, verb := range []func(*Env) *cobra.Command{
+		newAgentCmd,
+		newMosmonCmd,
+		newStatusCmd,
+		newProbeCRIUCmd,
 		newInitCmd,
 		newNetCmd,
 		newLabportCmd,

@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	neturl "net/url"
 	"os"
 	"syscall"
 
@@ -80,6 +81,9 @@ func DoJSON(ctx context.Context, hc *http.Client, method, url string, in, out an
 	}
 	resp, err := hc.Do(req)
 	if err != nil {
+		if ue := (*neturl.Error)(nil); errors.As(err, &ue) {
+			err = ue.Err // it repeats the address
+		}
 		return fault.New(fault.Unavailable, "ask", url, err, "")
 	}
 	defer resp.Body.Close()

@@ -104,7 +104,9 @@ func (c *capture) run(f *os.File) error {
 func (c *capture) write(f *os.File) error {
 	defer func() { f.Close() }()
 	w := bufio.NewWriterSize(f, 256<<10)
-	w.Write(pcapHeader())
+	if _, err := w.Write(pcapHeader()); err != nil {
+		return err
+	}
 	size := int64(pcapHeaderLen)
 	flush := time.NewTicker(pcapFlushEvery)
 	defer flush.Stop()
@@ -128,7 +130,9 @@ func (c *capture) write(f *os.File) error {
 				}
 				f = next
 				w.Reset(f)
-				w.Write(pcapHeader())
+				if _, err := w.Write(pcapHeader()); err != nil {
+					return err
+				}
 				size = pcapHeaderLen
 			}
 			if err := writeRecord(w, p); err != nil {

@@ -1,0 +1,395 @@
+// Package agent is the service that makes a machine a node: it proves itself
+// to the head, becomes a member of the cluster, tells the others its load and
+// answers questions about what it knows. It keeps going without the head; the
+// head is needed to get in and to let others in or out.
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"mosimg/agent/agentapi"
+	"mosimg/agent/console"
+	"mosimg/agent/criu"
+	"mosimg/agent/inventory"
+	"mosimg/agent/load"
+	"mosimg/agent/membership"
+	"mosimg/agent/netup"
+	"mosimg/internal/api"
+	"mosimg/internal/fault"
+	"mosimg/internal/identity"
+	"mosimg/internal/version"
+)
+
+// Config is what an agent is told. Either Head and CA or JoinFile is needed.
+type Config struct {
+	Head  string // https://ADDRESS:PORT
+	CA    string // identity.Pin of the cluster's CA
+	Nonce string // boot nonce, may be ""
+	// JoinFile holds an api.LocalTicket; it is waited for and read anew at
+	// each enrolment. It stands for Head, CA, Nonce, MAC and Address.
+	JoinFile string
+	// MAC and Address of this node; "" means those by which NetStatus or
+	// the route to the head says it is reached.
+	MAC, Address string
+	Image        string // id of the image set that runs, may be ""
+
+	StateDir string // own key and membership, 0700; "" means RunDir/agent
+	Socket   string // for local users; "" means api.AgentSocket
+	// NetStatus is the file of our own network service; "" on a host that
+	// has another one.
+	NetStatus string
+	// OwnMachine is set on a machine that mosimg booted: the agent then may
+	// set its clock and its name.
+	OwnMachine bool
+	// Bundle is where CRIU lies, see criu.Find.
+	Bundle string
+	// NoCRIU, if set, is why CRIU is not even tried.
+	NoCRIU string
+
+	APIPort, GossipPort int // 0: those of package api
+
+	// Consoles are the devices to show the status on; none: not shown.
+	Consoles []string
+	// Keys makes Enter on the consoles show the status again.
+	Keys bool
+
+	Log *slog.Logger // nil: silent
+
+	// setClock replaces clock_settime in tests.
+	setClock func(time.Time) error
+}
+
+func (c Config) withDefaults() Config {
+	if c.StateDir == "" {
+		c.StateDir = filepath.Join(api.RunDir, "agent")
+	}
+	if c.Socket == "" {
+		c.Socket = api.AgentSocket
+	}
+	if c.APIPort == 0 {
+		c.APIPort = api.AgentPort
+	}
+	if c.GossipPort == 0 {
+		c.GossipPort = api.GossipPort
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.setClock == nil {
+		c.setClock = func(t time.Time) error {
+			ts := unix.NsecToTimespec(t.UnixNano())
+			return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
+		}
+	}
+	return c
+}
+
+// Agent is a running agent.
+type Agent struct {
+	cfg    Config
+	log    *slog.Logger
+	key    identity.Key
+	server *agentapi.Server
+
+	// probed is closed once it is known whether CRIU works here.
+	probed chan struct{}
+
+	changed chan struct{} // wakes the console; holds one token
+
+	mu  sync.Mutex // guards the following
+	inv api.Inventory
+	// status is what PathStatus tells, without what is worked out on demand.
+	status api.AgentStatus
+	// member is what this node has as a member; nil while it is none.
+	member *member
+}
+
+// member is a membership that is in force.
+type member struct {
+	group *membership.Group
+	loads *load.Table
+	// cred is read at each handshake; writing serialises its changes.
+	cred    atomic.Pointer[credentials]
+	writing sync.Mutex
+}
+
+// Run is the agent until ctx ends; then it leaves the cluster. It returns an
+// error only when it cannot even begin.
+func Run(ctx context.Context, cfg Config) error {
+	cfg = cfg.withDefaults()
+	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+		return fault.New(fault.Environment, "make", cfg.StateDir, err, "run this as root, or give --state")
+	}
+	if err := os.Chmod(cfg.StateDir, 0o700); err != nil {
+		return fault.New(fault.Environment, "protect", cfg.StateDir, err, "")
+	}
+	key, err := loadKey(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	a := &Agent{
+		cfg: cfg, log: cfg.Log, key: key,
+		probed:  make(chan struct{}),
+		changed: make(chan struct{}, 1),
+		inv:     inventory.Read(),
+		status: api.AgentStatus{
+			Version: version.String(), Protocol: version.Protocol, State: api.StateStarting,
+			Fingerprint: identity.Fingerprint(key.Public()), Image: cfg.Image, Head: cfg.Head,
+			MAC: cfg.MAC, Address: cfg.Address,
+		},
+	}
+	a.inv.CRIU.Reason = "it is still being tried out"
+	a.server = agentapi.New(a, a.log)
+	if err := os.MkdirAll(filepath.Dir(cfg.Socket), 0o755); err != nil {
+		return fault.New(fault.Environment, "make", filepath.Dir(cfg.Socket), err, "run this as root, or give --socket")
+	}
+	l, err := agentapi.ListenUnix(cfg.Socket)
+	if err != nil {
+		return err
+	}
+
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		if err := a.server.ServeUnix(ctx, l); err != nil {
+			a.log.Error("local API ended", "why", err)
+		}
+	})
+	wg.Go(func() { a.probe(ctx) })
+	if len(cfg.Consoles) > 0 {
+		out := console.Open(cfg.Consoles)
+		defer out.Close()
+		var keys <-chan struct{}
+		if cfg.Keys {
+			keys = console.Keys(ctx, cfg.Consoles)
+		}
+		wg.Go(func() { console.Show(ctx, out, a.Status, a.changed, keys) })
+		a.wake()
+	}
+	for ctx.Err() == nil {
+		p, ok := a.awaitPlace(ctx)
+		if !ok {
+			break
+		}
+		a.set(api.StateStarting, "asking the head")
+		a.session(ctx, p)
+	}
+	return nil
+}
+
+// probe tries CRIU out. The node enrols meanwhile and joins whatever the
+// result is; it is told to head and members when it is there.
+func (a *Agent) probe(ctx context.Context) {
+	defer close(a.probed)
+	st := criu.Status{CRIUStatus: api.CRIUStatus{Reason: a.cfg.NoCRIU}}
+	if a.cfg.NoCRIU == "" {
+		st = criu.Probe(ctx, a.cfg.Bundle, a.cfg.StateDir, a.log)
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	if st.Usable {
+		a.log.Info("criu works", "version", st.Version, "env", st.Tool.Env)
+	} else {
+		a.log.Warn("criu is unusable: this node takes only jobs placed at start", "why", st.Reason)
+	}
+	a.mu.Lock()
+	a.inv.CRIU, a.status.CRIU = st.CRIUStatus, st.CRIUStatus
+	a.mu.Unlock()
+	a.wake()
+}
+
+// inventory is this machine as far as it is known now.
+func (a *Agent) inventory() api.Inventory {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.inv
+}
+
+// isProbed reports whether CRIU's part of the inventory is final.
+func (a *Agent) isProbed() bool {
+	select {
+	case <-a.probed:
+		return true
+	default:
+		return false
+	}
+}
+
+// set changes the state that is shown; it says so in the log when it is new.
+func (a *Agent) set(s api.AgentState, reason string) {
+	a.mu.Lock()
+	same := a.status.State == s && a.status.Reason == reason
+	a.status.State, a.status.Reason = s, reason
+	a.mu.Unlock()
+	if same {
+		return
+	}
+	switch {
+	case reason == "":
+		a.log.Info("state", "is", s)
+	case s == api.StateStarting, s == api.StatePending:
+		a.log.Info("state", "is", s, "why", reason)
+	default:
+		a.log.Warn("state", "is", s, "why", reason)
+	}
+	a.wake()
+}
+
+// edit changes other parts of the status.
+func (a *Agent) edit(f func(*api.AgentStatus)) {
+	a.mu.Lock()
+	f(&a.status)
+	a.mu.Unlock()
+	a.wake()
+}
+
+func (a *Agent) wake() {
+	select {
+	case a.changed <- struct{}{}:
+	default:
+	}
+}
+
+// Status implements agentapi.Source.
+func (a *Agent) Status() api.AgentStatus {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := a.status
+	if a.member != nil {
+		c := a.member.cred.Load()
+		s.Generation, s.CertExpires = c.view.Generation, c.cert.NotAfter
+	}
+	return s
+}
+
+// Members implements agentapi.Source.
+func (a *Agent) Members() api.MemberTable {
+	a.mu.Lock()
+	m := a.member
+	a.mu.Unlock()
+	if m == nil {
+		return api.MemberTable{Members: []api.Member{}}
+	}
+	c := m.cred.Load()
+	t := api.MemberTable{Cluster: c.view.Name, Self: c.node, Members: m.group.Members()}
+	now := time.Now()
+	for i := range t.Members {
+		e := &t.Members[i]
+		v, age, ok := m.loads.Get(e.Node, now)
+		if ok {
+			e.Load, e.AgeMillis = &v, age.Milliseconds()
+		}
+		e.Liveness = doubt(e.Liveness, e.Self, ok, age, now.Sub(e.Since), len(t.Members))
+	}
+	return t
+}
+
+// doubt turns Alive into Suspect for a node that should have been heard of
+// again by now: memberlist keeps its own suspicions to itself, but a node
+// that stopped sends no news of its load either. News of a living node
+// reaches everybody in about log2(n) seconds; the rest is margin for a lost
+// packet and a slow machine.
+func doubt(l api.Liveness, self, heard bool, age, since time.Duration, n int) api.Liveness {
+	limit := 3 * load.Interval
+	for ; n > 1; n /= 2 {
+		limit += load.Interval
+	}
+	if l == api.Alive && !self && since > limit && (!heard || age > limit) {
+		return api.Suspect
+	}
+	return l
+}
+
+// place is where this machine stands: which head, and how we are reached.
+type place struct {
+	head, ca, nonce, mac, address string
+}
+
+func (p place) String() string { return fmt.Sprintf("%s at %s", p.address, p.head) }
+
+// awaitPlace waits until it is known which head to ask and which address to
+// give; the state says what is missing.
+func (a *Agent) awaitPlace(ctx context.Context) (place, bool) {
+	for {
+		p, state, err := a.locate()
+		if err == nil {
+			a.edit(func(s *api.AgentStatus) { s.Head, s.MAC, s.Address = p.head, p.mac, p.address })
+			return p, true
+		}
+		a.set(state, err.Error())
+		if !sleep(ctx, 250*time.Millisecond) {
+			return place{}, false
+		}
+	}
+}
+
+// locate works out the place, or says what is missing.
+func (a *Agent) locate() (place, api.AgentState, error) {
+	p := place{head: a.cfg.Head, ca: a.cfg.CA, nonce: a.cfg.Nonce, mac: a.cfg.MAC, address: a.cfg.Address}
+	if a.cfg.NetStatus != "" {
+		st, err := netup.ReadStatus(a.cfg.NetStatus)
+		if err != nil {
+			return p, api.StateNoLease, fmt.Errorf("network: %w", err)
+		}
+		if !st.Up() {
+			if st.MAC != "" {
+				a.edit(func(s *api.AgentStatus) { s.MAC = st.MAC })
+			}
+			return p, st.State, errText(first(st.Reason, "waiting for an address"))
+		}
+		p.mac, p.address = st.MAC, st.Address
+	}
+	if a.cfg.JoinFile != "" {
+		t, err := readTicket(a.cfg.JoinFile)
+		if err != nil {
+			return p, api.StateNoHead, err
+		}
+		p.head, p.ca, p.nonce = t.Head, t.CA, t.Nonce
+		p.mac, p.address = first(p.mac, t.MAC), first(p.address, t.Address)
+	}
+	if err := checkHead(p.head, p.ca); err != nil {
+		return p, api.StateNoHead, err
+	}
+	if p.address == "" || p.mac == "" {
+		mac, addr, err := towards(p.head)
+		if err != nil {
+			return p, api.StateNoHead, err
+		}
+		p.mac, p.address = first(p.mac, mac), first(p.address, addr)
+	}
+	return p, "", nil
+}
+
+func first(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+// errText is an error with just this text.
+type errText string
+
+func (e errText) Error() string { return string(e) }
+
+// sleep waits for d and reports false when ctx ended first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

@@ -1,0 +1,58 @@
+package nodecli
+
+import (
+	"github.com/spf13/cobra"
+
+	"mosimg/agent"
+	"mosimg/agent/console"
+	"mosimg/agent/criu"
+	"mosimg/agent/netup"
+	"mosimg/internal/api"
+	"mosimg/internal/fault"
+)
+
+func newAgentCmd(env *Env) *cobra.Command {
+	var cfg agent.Config
+	var show, noKeys bool
+	cmd := &cobra.Command{
+		Use:   "agent (--join FILE | --head URL --ca PIN)",
+		Short: "Make this machine a node and keep it one",
+		Long: `agent enrols this machine at its head, makes it a member of the cluster and keeps
+it one until it gets INT or TERM; then it leaves. On a machine that mosimg
+booted init starts it. On another host start it as root, on the head with the
+ticket that mosimg head leaves:
+
+  mosagent agent --join ` + api.LocalJoin,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(c *cobra.Command, _ []string) error {
+			if !cfg.OwnMachine {
+				cfg.NetStatus = "" // the host has its own network service
+				if cfg.JoinFile == "" && (cfg.Head == "" || cfg.CA == "") {
+					return fault.New(fault.Usage, "start", "agent", "it does not know its head", "give --join FILE, or --head URL and --ca PIN")
+				}
+			}
+			if show {
+				cfg.Consoles = console.Active()
+				cfg.Keys = !noKeys
+			}
+			cfg.Log = newLog(env.Stderr)
+			return agent.Run(c.Context(), cfg)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&cfg.Head, "head", "", "`URL` of the head API, https://ADDRESS:PORT")
+	f.StringVar(&cfg.CA, "ca", "", "`PIN` of the cluster's CA, sha256:HEX")
+	f.StringVar(&cfg.Nonce, "nonce", "", "boot nonce that the head gave")
+	f.StringVar(&cfg.JoinFile, "join", "", "ticket `FILE` of the head on this machine")
+	f.StringVar(&cfg.MAC, "mac", "", "MAC of this node (default: of the card towards the head)")
+	f.StringVar(&cfg.Address, "address", "", "address of this node (default: the one towards the head)")
+	f.StringVar(&cfg.Image, "image", "", "`ID` of the image set that runs")
+	f.StringVar(&cfg.StateDir, "state", api.RunDir+"/agent", "folder for key and membership")
+	f.StringVar(&cfg.Socket, "socket", api.AgentSocket, "unix socket for local users")
+	f.StringVar(&cfg.NetStatus, "net", netup.StatusFile, "status file of our own network service (with --own-machine)")
+	f.BoolVar(&cfg.OwnMachine, "own-machine", false, "mosimg booted this machine: its clock and name may be set")
+	f.StringVar(&cfg.Bundle, "criu", "", "folder of the CRIU bundle (default: "+criu.Bundle+", then an installed criu)")
+	f.BoolVar(&show, "console", false, "show the status on the consoles")
+	f.BoolVar(&noKeys, "no-keys", false, "with --console: leave the keyboard to others")
+	return cmd
+}

@@ -1,0 +1,137 @@
+package nodecli
+
+import (
+	"fmt"
+	"math"
+	"strings"
+	"time"
+
+	"mosimg/internal/api"
+)
+
+// minBar is the shortest load bar worth showing.
+const minBar = 4
+
+// memberTable is the cluster as text: a header and one line for each machine,
+// no wider than width if the names allow it. A load that nobody has heard of
+// is "-", never 0.
+func memberTable(t api.MemberTable, width int) string {
+	if len(t.Members) == 0 {
+		return "This machine is not a member of a cluster; mosagent status says why.\n"
+	}
+	rows := [][]string{{"NODE", "NAME", "STATE", "LOAD", "UTIL", "MEM", "CPUS", "GUESTS", "AGE"}}
+	const loadCol = 3
+	top := 1.0 // the bar's full length: the highest load of a CPU, at least one
+	for _, m := range t.Members {
+		if m.Load != nil && m.Liveness != api.Dead && m.Liveness != api.Left {
+			top = math.Max(top, perCPU(m.Load))
+		}
+	}
+	for _, m := range t.Members {
+		rows = append(rows, memberRow(m))
+	}
+	widths := make([]int, len(rows[0]))
+	total := 0
+	for c := range widths {
+		for _, r := range rows {
+			widths[c] = max(widths[c], len([]rune(r[c])))
+		}
+		total += widths[c] + 2
+	}
+	total -= 2
+	// The bar takes what is left of the line.
+	bar := min(width-total-1, 20)
+	if bar < minBar {
+		bar = 0
+	}
+	var b strings.Builder
+	for i, r := range rows {
+		var line strings.Builder
+		for c, cell := range r {
+			if c > 0 {
+				line.WriteString("  ")
+			}
+			pad := strings.Repeat(" ", widths[c]-len([]rune(cell)))
+			left := c == 1 || c == 2
+			switch {
+			case left:
+				line.WriteString(cell + pad)
+			default:
+				line.WriteString(pad + cell)
+			}
+			if c == loadCol && bar > 0 {
+				line.WriteString(" " + loadBar(i, t.Members, top, bar))
+			}
+		}
+		b.WriteString(strings.TrimRight(line.String(), " ") + "\n")
+	}
+	return b.String()
+}
+
+func memberRow(m api.Member) []string {
+	name := m.Name
+	if m.Self {
+		name += " *"
+	}
+	row := []string{fmt.Sprint(m.Node), name, string(m.Liveness), "-", "-", "-", "-", "-", "-"}
+	// What a dead machine last said of its load is not its load.
+	if v := m.Load; v != nil && (m.Liveness == api.Alive || m.Liveness == api.Suspect) {
+		row[3] = fmt.Sprintf("%.2f", v.Load)
+		row[4] = fmt.Sprintf("%.0f%%", 100*v.Utilisation)
+		row[5] = bytesOf(v.MemTotal-v.MemFree) + "/" + bytesOf(v.MemTotal)
+		row[6] = fmt.Sprint(v.CPUs)
+		row[7] = fmt.Sprint(v.Guests)
+		row[8] = age(time.Duration(m.AgeMillis) * time.Millisecond)
+	}
+	return row
+}
+
+func perCPU(v *api.LoadVector) float64 { return v.Load / float64(max(1, v.CPUs)) }
+
+// loadBar is the bar beside row i; row 0 is the header.
+func loadBar(i int, members []api.Member, top float64, length int) string {
+	if i == 0 {
+		return strings.Repeat(" ", length)
+	}
+	m := members[i-1]
+	if m.Load == nil || (m.Liveness != api.Alive && m.Liveness != api.Suspect) {
+		return strings.Repeat(" ", length)
+	}
+	full := int(math.Round(float64(length) * perCPU(m.Load) / top))
+	full = min(max(full, 0), length)
+	return strings.Repeat("#", full) + strings.Repeat(".", length-full)
+}
+
+// bytesOf is a size in three digits or so.
+func bytesOf(n int64) string {
+	switch g := float64(n) / (1 << 30); {
+	case g >= 9.95:
+		return fmt.Sprintf("%.0fG", g)
+	case g >= 1:
+		return fmt.Sprintf("%.1fG", g)
+	}
+	return fmt.Sprintf("%dM", n>>20)
+}
+
+func age(d time.Duration) string {
+	switch {
+	case d < 10*time.Second:
+		return fmt.Sprintf("%.1fs", d.Seconds())
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%.0fs", d.Seconds())
+	}
+	return fmt.Sprintf("%.0fm", d.Minutes())
+}
+
+// paint is text as a full repaint of a screen, cut to its size.
+func paint(text string, width, height int) string {
+	var b strings.Builder
+	b.WriteString("\x1b[H")
+	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
+	for _, l := range lines[:min(len(lines), max(1, height-1))] {
+		r := []rune(l)
+		b.WriteString(string(r[:min(len(r), width)]) + "\x1b[K\n")
+	}
+	b.WriteString("\x1b[J")
+	return b.String()
+}
