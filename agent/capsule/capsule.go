@@ -82,7 +82,7 @@ func Start(ctx context.Context, conf Config) (c *Capsule, err error) {
 		if err != nil {
 			return nil, err
 		}
-		l.Close()
+		_ = l.Close()
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
@@ -98,7 +98,7 @@ func spawn(ctx context.Context, conf Config) error {
 	if err != nil {
 		return err
 	}
-	defer own.Close()
+	defer func() { _ = own.Close() }()
 	group, err := own.File()
 	if err != nil {
 		return err

@@ -296,7 +296,7 @@ func (w *World) Collect(c *capsule.Capsule, verb control.Verb, from uint64) *Col
 			n, err := o.Read(buf)
 			k.Data = append(k.Data, buf[:n]...)
 			if n > 0 {
-				o.Acknowledge(from + uint64(len(k.Data)))
+				_ = o.Acknowledge(from + uint64(len(k.Data)))
 			}
 			if err != nil {
 				k.err = err
@@ -310,13 +310,13 @@ func (w *World) Collect(c *capsule.Capsule, verb control.Verb, from uint64) *Col
 // Wait waits for the end of the stream; io.EOF is its true end.
 func (k *Collect) Wait() ([]byte, error) {
 	<-k.done
-	k.out.Close()
+	_ = k.out.Close()
 	return k.Data, k.err
 }
 
 // Stop stops reading.
 func (k *Collect) Stop() []byte {
-	k.out.Close()
+	_ = k.out.Close()
 	<-k.done
 	return k.Data
 }
@@ -328,7 +328,7 @@ func (w *World) ShimPids(c *capsule.Capsule) []int {
 	if err != nil {
 		w.T.Fatal(err)
 	}
-	defer l.Close()
+	defer func() { _ = l.Close() }()
 	pids, err := l.Procs()
 	if err != nil {
 		w.T.Fatal(err)

@@ -205,7 +205,7 @@ func Remove(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	defer l.Close()
+	defer func() { _ = l.Close() }()
 	if err := l.Kill(); err != nil {
 		return err
 	}

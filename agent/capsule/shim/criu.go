@@ -73,7 +73,7 @@ func (s *shim) runCRIU(ctx context.Context, kind rpc.CriuReqType, opts *rpc.Criu
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	defer sock.Close()
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
@@ -104,7 +104,7 @@ func (s *shim) runCRIU(ctx context.Context, kind rpc.CriuReqType, opts *rpc.Criu
 	s.log.Debug("criu", "pid", pid, "request", kind)
 	sock.Close()
 	resp, err := conn.Do(ctx, &rpc.CriuReq{Type: kind.Enum(), Opts: opts}, on)
-	conn.Close()
+	_ = conn.Close()
 	select {
 	case <-ended:
 	case <-time.After(exitTime):
