@@ -45,8 +45,8 @@ test: ## Every test: unit, network namespaces, virtual machines
 	$(WITH_GO) go vet ./...
 	$(WITH_GO) go test $(AS_ROOT) -timeout 15m ./...
 	$(WITH_GO) go run ./cmd/mosimg build -o $(OUT)
-	$(WITH_GO) MOSIMG_E2E=1 MOSIMG_VM=1 MOSIMG_IMAGES="$(abspath $(OUT))" \
-	  go test -count=1 -timeout 40m ./image/... ./qemu-tests/...
+	$(WITH_GO) MOSIMG_E2E=1 go test -count=1 -timeout 15m -run RealImage ./image
+	$(WITH_GO) MOSIMG_VM=1 MOSIMG_IMAGES="$(abspath $(OUT))" go test -count=1 -timeout 40m -v ./qemu-tests/scenario
 
 .PHONY: demo
 demo: ## Build an image and boot a cluster from it in QEMU

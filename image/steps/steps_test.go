@@ -195,8 +195,10 @@ func TestDamagedResultIsMadeAgain(t *testing.T) {
 func TestFaultCancelsTheOthersAndLeavesNothing(t *testing.T) {
 	b := newBench(t)
 	var ended atomic.Bool
+	started := make(chan struct{})
 	waits := &Step{Name: "waits", Run: func(ctx context.Context, job *Job) error {
 		defer ended.Store(true)
+		close(started)
 		if err := os.WriteFile(job.Path("half"), nil, 0o644); err != nil {
 			return err
 		}
@@ -204,6 +206,7 @@ func TestFaultCancelsTheOthersAndLeavesNothing(t *testing.T) {
 		return ctx.Err()
 	}}
 	fails := &Step{Name: "fails", Run: func(context.Context, *Job) error {
+		<-started // else the other one may never begin
 		return fault.New(fault.Untrusted, "fetch", "x", "bad", "")
 	}}
 	after := b.step("after", "1", "x", fails)
