@@ -78,6 +78,7 @@ func describe(t *testing.T, dir string) (list []string) {
 			what = string(data)
 		case unix.S_IFLNK:
 			what, _ = os.Readlink(path)
+			st.Mtim = unix.Timespec{} // a link's own time does not travel
 		}
 		rel, _ := filepath.Rel(dir, path)
 		list = append(list, cmpLine(rel, st, what))
