@@ -242,7 +242,7 @@ func (l *Link) flush() {
 	}
 	l.writing = true
 	var scratch []byte
-	for l.conn != nil && (l.sent < len(l.queue) || l.ackDue) {
+	for l.conn != nil && !l.closed && (l.sent < len(l.queue) || l.ackDue) {
 		conn := l.conn
 		first, n := l.sent, 0
 		var parts net.Buffers
@@ -407,9 +407,11 @@ func (l *Link) Fence() {
 	conn := l.conn
 	l.closed = true
 	l.space.Broadcast()
-	for l.writing {
+	if conn != nil {
 		// A peer that does not read must not keep a fence up for ever.
 		conn.SetWriteDeadline(time.Now().Add(time.Second))
+	}
+	for l.writing {
 		l.space.Wait()
 	}
 	rx := l.rx

@@ -64,8 +64,12 @@ const (
 	// the capsule has the current epoch. No body.
 	KindFenced Kind = 8
 	// KindPolicy tells the forwarder how to act from now on, home to node.
-	// Numbered. Body: u32 of Policy bits.
+	// Numbered. Body: u32 of Policy bits, then u32 numbers of processes whose
+	// locks moved here.
 	KindPolicy Kind = 9
+	// KindGone tells the home that one of these processes has ended, node to
+	// home. Numbered. Body: u32, the process.
+	KindGone Kind = 10
 )
 
 // FlagAfterNotify on a reply: it must reach the kernel only after all earlier
@@ -112,7 +116,7 @@ func ParseHeader(b []byte) (Header, error) {
 	switch {
 	case h.Length > MaxBody:
 		return Header{}, fmt.Errorf("frame of %d bytes; at most %d are allowed", h.Length, MaxBody)
-	case h.Kind < KindHello || h.Kind > KindPolicy:
+	case h.Kind < KindHello || h.Kind > KindGone:
 		return Header{}, fmt.Errorf("frame of unknown kind %d", h.Kind)
 	case h.Kind.Numbered() != (h.Seq != 0):
 		return Header{}, fmt.Errorf("frame of kind %d has number %d", h.Kind, h.Seq)
@@ -124,7 +128,7 @@ func ParseHeader(b []byte) (Header, error) {
 
 // Numbered tells whether frames of this kind are kept until acknowledged.
 func (k Kind) Numbered() bool {
-	return k == KindRequest || k == KindReply || k == KindNotify || k == KindPolicy
+	return k == KindRequest || k == KindReply || k == KindNotify || k == KindPolicy || k == KindGone
 }
 
 // AppendFrame appends a frame that is not numbered.
