@@ -64,7 +64,7 @@ const DefaultLease = 5 * time.Minute
 const (
 	dialTime = 10 * time.Second
 	retryMin = 20 * time.Millisecond
-	retryMax = time.Second
+	retryMax = 500 * time.Millisecond
 )
 
 // maxUnacked bounds what is kept for a link that is gone. Beyond it requests
@@ -185,8 +185,7 @@ func (f *forwarder) fail(err error) {
 func (f *forwarder) connect(ctx context.Context) error {
 	pause := retryMin
 	for ctx.Err() == nil {
-		began := time.Now()
-		err := f.connectOnce(ctx)
+		up, err := f.connectOnce(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -197,7 +196,7 @@ func (f *forwarder) connect(ctx context.Context) error {
 		case errors.As(err, &no) && no.Reason.Final():
 			return fault.New(fault.Refused, "resume", "session", err, "")
 		}
-		if time.Since(began) > retryMax {
+		if up {
 			pause = retryMin
 		}
 		f.log.Debug("home files: no link", "cause", err, "retry", pause)
@@ -220,12 +219,14 @@ func (e *refusedError) Error() string {
 	return e.Reason.String() + ": " + e.Text
 }
 
-func (f *forwarder) connectOnce(ctx context.Context) error {
+// connectOnce makes a connection and uses it until it fails. up tells whether
+// the home has accepted it.
+func (f *forwarder) connectOnce(ctx context.Context) (up bool, err error) {
 	dctx, cancel := context.WithTimeout(ctx, dialTime)
 	defer cancel()
 	conn, err := f.cfg.Dial(dctx)
 	if err != nil {
-		return err
+		return false, err
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
@@ -233,7 +234,7 @@ func (f *forwarder) connectOnce(ctx context.Context) error {
 	hello := wire.Hello{Capsule: f.cfg.Capsule, Session: f.session, Epoch: f.cfg.Epoch}
 	if _, err := conn.Write(wire.AppendFrame(nil, wire.KindHello, f.link.Rx(), hello.Append(nil))); err != nil {
 		conn.Close()
-		return err
+		return false, err
 	}
 	r := bufio.NewReaderSize(conn, 64<<10)
 	h, body, err := wire.ReadFrame(r, wire.MaxGreeting)
@@ -247,11 +248,11 @@ func (f *forwarder) connectOnce(ctx context.Context) error {
 	}
 	if err != nil {
 		conn.Close()
-		return err
+		return false, err
 	}
 	conn.SetDeadline(time.Time{})
 	f.log.Debug("home files: link up", "home_has", h.Ack)
-	return f.link.Attach(conn, r, nil, h.Ack)
+	return true, f.link.Attach(conn, r, nil, h.Ack)
 }
 
 // readKernel passes requests on until the mount is gone.

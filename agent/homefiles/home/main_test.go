@@ -268,6 +268,21 @@ func (p *pair) setCut(cut bool) {
 	}
 }
 
+// connected waits until the node has connected n times.
+func (p *pair) connected(n int) {
+	p.t.Helper()
+	for range 1000 {
+		p.mu.Lock()
+		ok := p.dials >= n
+		p.mu.Unlock()
+		if ok {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	p.t.Fatalf("the node does not connect for the %d. time", n)
+}
+
 // deadline bounds everything that a test waits for.
 func deadline(t testing.TB, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), d)
