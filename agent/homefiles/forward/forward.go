@@ -28,6 +28,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"mosimg/agent/homefiles/link"
 	"mosimg/agent/homefiles/wire"
 	"mosimg/internal/fault"
@@ -73,9 +75,13 @@ const maxUnacked = 64 << 20
 
 // forwarder is a mount that is being forwarded.
 type forwarder struct {
-	cfg     Config
-	log     *slog.Logger
-	dev     *os.File
+	cfg Config
+	log *slog.Logger
+	dev *os.File
+	// out is a second descriptor of dev, to write to: os.File lets one
+	// writer in at a time, and a notification that waits in the kernel for
+	// a page would keep out the very reply that brings it.
+	out     int
 	session wire.SessionID
 	link    *link.Link
 	ready   sync.Once
@@ -98,6 +104,7 @@ type forwarder struct {
 	lost    map[uint64]int32       // errors of early writes, by node id, for the next FSYNC
 	strays  map[uint64]wire.Opcode // abandoned requests whose reply is still to come
 	own     uint64                 // counts the requests that are our own
+	over    bool                   // nothing is forwarded any more
 	failed  error
 }
 
@@ -144,33 +151,70 @@ func Run(ctx context.Context, cfg Config) error {
 		f.dev = dev
 		defer Unmount(cfg.Mountpoint)
 	}
+	out, err := dupOf(f.dev)
+	if err != nil {
+		f.dev.Close()
+		return fault.New(fault.Environment, op, cfg.Capsule, fmt.Errorf("dup /dev/fuse: %w", err), "")
+	}
+	f.out = out
+	defer unix.Close(out)
 	f.link = link.New(maxUnacked, f.fromHome)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 
 	var wg sync.WaitGroup
-	run := func(part func(context.Context) error) {
+	noted := make(chan struct{})
+	run := func(part func(context.Context) error, end func()) {
 		wg.Go(func() {
 			if err := part(ctx); err != nil {
 				f.fail(err)
 			}
+			end()
 			cancel()
-			// Closing the device ends the mount: nobody waits any more.
-			f.link.Close()
-			f.notes.close()
-			f.dev.Close()
 		})
 	}
-	run(f.readKernel)
-	run(f.writeNotes)
-	run(f.connect)
-	run(f.guard)
-	run(func(ctx context.Context) error { <-ctx.Done(); return nil })
+	none := func() {}
+	run(f.readKernel, none)
+	run(f.writeNotes, func() { close(noted) })
+	run(f.connect, none)
+	run(f.guard, none)
+	run(func(ctx context.Context) error { <-ctx.Done(); return nil }, func() { f.end(noted) })
 	wg.Wait()
 	if f.failed != nil {
 		return fmt.Errorf("%s %s: %w", op, cfg.Capsule, f.failed)
 	}
 	return nil
+}
+
+// end ends the mount: whoever waits gets an answer first. The kernel would
+// abort the mount when the device is closed, but a notification that waits
+// there for a page keeps it open until that page's reader has its answer.
+func (f *forwarder) end(noted <-chan struct{}) {
+	f.link.Close()
+	f.notes.close()
+	f.mu.Lock()
+	f.over = true
+	asks := f.waiting
+	f.waiting = nil
+	f.mu.Unlock()
+	for unique := range asks {
+		f.writeKernel(wire.Reply(unique, int32(unix.ENOTCONN)))
+	}
+	<-noted
+	f.dev.Close()
+}
+
+// dupOf gives a second descriptor of an open file.
+func dupOf(file *os.File) (int, error) {
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd := -1
+	if e := raw.Control(func(of uintptr) { fd, err = unix.FcntlInt(of, unix.F_DUPFD_CLOEXEC, 0) }); e != nil {
+		return -1, e
+	}
+	return fd, err
 }
 
 func (f *forwarder) fail(err error) {
@@ -287,7 +331,7 @@ const smallRequest = 64 << 10
 
 // writeKernel gives the kernel one reply or notification.
 func (f *forwarder) writeKernel(msg []byte) {
-	if _, err := f.dev.Write(msg); err != nil && !replyTooLate(err) {
+	if _, err := unix.Write(f.out, msg); err != nil && !replyTooLate(err) {
 		f.log.Warn("home files: the kernel refuses an answer", "cause", err, "bytes", len(msg))
 	}
 }

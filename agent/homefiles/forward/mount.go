@@ -36,9 +36,11 @@ func Mount(mountpoint string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "/dev/fuse"), nil
 }
 
-// Unmount takes the mount away at once, whoever uses it.
+// Unmount takes the mount away at once, whoever uses it, and ends all that
+// waits in it. The agent calls it also when a forwarder was killed: a thread
+// of it that waits in the kernel could keep the mount alive otherwise.
 func Unmount(mountpoint string) {
-	_ = unix.Unmount(mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) // not mounted any more: fine
+	_ = unix.Unmount(mountpoint, unix.MNT_FORCE|unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) // not mounted any more: fine
 }
 
 // raiseReadAhead lets the kernel read ahead as much as one request carries.

@@ -41,6 +41,14 @@ func (f *forwarder) fromKernel(msg []byte, buf *link.Buf) {
 		f.noteLock(h, body)
 	}
 	f.mu.Lock()
+	if f.over {
+		f.mu.Unlock()
+		if hasReply(h.Opcode) {
+			f.writeKernel(wire.Reply(h.Unique, int32(unix.ENOTCONN)))
+		}
+		buf.Free()
+		return
+	}
 	if hasReply(h.Opcode) {
 		w := &waiting{InHeader: h}
 		if in, _, ok := wire.As[wire.WriteIn](body); ok && h.Opcode == wire.OpWrite {

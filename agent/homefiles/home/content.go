@@ -32,8 +32,18 @@ func (c *call) open(in *wire.OpenIn) (answer, error) {
 	if c.ss.refresh(c.in, fd) {
 		out.OpenFlags, a.flags = 0, wire.FlagAfterNotify
 	}
+	if c.unsized(fd) {
+		out.OpenFlags |= wire.FopenDirectIO
+	}
 	a.body = wire.Bytes(&out)
 	return a, nil
+}
+
+// unsized tells whether a file may have more in it than its size says: those
+// of proc, which has no file handles. A cache would end at its size.
+func (c *call) unsized(fd int) bool {
+	var st unix.Stat_t
+	return c.in.m == nil && unix.Fstat(fd, &st) == nil && st.Size == 0
 }
 
 // reopen opens a regular file from its O_PATH descriptor. Nothing else is

@@ -254,7 +254,7 @@ func TestCutUnderLoadIsInvisible(t *testing.T) {
 type slowReader struct{ r io.Reader }
 
 func (s *slowReader) Read(b []byte) (int, error) {
-	time.Sleep(40 * time.Millisecond)
+	time.Sleep(8 * time.Millisecond)
 	return s.r.Read(b[:min(len(b), 128<<10)])
 }
 

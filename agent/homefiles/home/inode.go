@@ -2,8 +2,8 @@ package home
 
 import (
 	"fmt"
-	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -297,7 +297,7 @@ func (ss *session) refresh(in *inode, fd int) bool {
 // validName refuses what the kernel resolves itself and never sends: with it
 // a node could leave the root.
 func validName(name string) error {
-	if name == "" || name == "." || name == ".." || filepath.Base(name) != name {
+	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
 		return fmt.Errorf("%w: name %q", unix.EINVAL, name)
 	}
 	return nil

@@ -188,7 +188,7 @@ func (l *Link) Attach(conn net.Conn, r *bufio.Reader, greeted func(rx uint64) []
 	l.lastHeard.Store(now)
 	l.lastSaid.Store(now)
 	l.down.Store(0)
-	l.flush()
+	l.flushSoon()
 	l.mu.Unlock()
 
 	stop := make(chan struct{})
@@ -294,6 +294,20 @@ func (l *Link) flush() {
 	l.space.Broadcast()
 }
 
+// flushSoon flushes on another goroutine: the connection's reader must not
+// write. Two sides that both write to a full connection, and read only then,
+// would wait for each other. mu is held.
+func (l *Link) flushSoon() {
+	if l.writing {
+		return // who writes goes on until nothing is left
+	}
+	go func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.flush()
+	}()
+}
+
 // smallBody is the longest body that is copied rather than written from where
 // it lies: below this a copy costs less than one more element of a writev.
 const smallBody = 8 << 10
@@ -391,7 +405,7 @@ func (l *Link) read(conn net.Conn, r *bufio.Reader) error {
 			l.mu.Lock()
 			if l.rx-l.toldRx >= ackFrames || l.rxBytes >= ackBytes {
 				l.ackDue = true
-				l.flush()
+				l.flushSoon()
 			}
 			l.mu.Unlock()
 		}

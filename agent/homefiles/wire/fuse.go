@@ -109,6 +109,7 @@ const (
 	FattrAtimeNow  uint32 = 1 << 7
 	FattrMtimeNow  uint32 = 1 << 8
 	FattrKillSUID  uint32 = 1 << 11
+	FopenDirectIO  uint32 = 1 << 0
 	FopenKeepCache uint32 = 1 << 1
 	// FopenNoflush: no FLUSH at close. The home never sets it, for a FLUSH
 	// is what drops a process's locks.
