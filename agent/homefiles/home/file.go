@@ -81,9 +81,25 @@ func (ss *session) closeFile(fh uint64) {
 		}
 	}
 	ss.mu.Unlock()
-	if f == nil {
+	if f != nil {
+		f.unref()
+	}
+}
+
+// unlockFile drops the locks that end with an open file. It does not wait.
+func (ss *session) unlockFile(fh uint64) {
+	f, err := ss.file(fh)
+	if err != nil {
 		return
 	}
+	defer f.unref()
+	f.mu.Lock()
+	if f.flockPID != 0 {
+		_ = unix.Flock(f.fd, unix.LOCK_UN) // cannot fail
+		if f.flock >= 0 {
+			_ = unix.Flock(f.flock, unix.LOCK_UN) // as above
+		}
+	}
+	f.mu.Unlock()
 	ss.srv.locks.released(ss, f)
-	f.unref()
 }

@@ -16,8 +16,6 @@ func (ss *session) op(w *worker, r *request) (answer, error) {
 		return args(r, ss.opRead)
 	case wire.OpRelease, wire.OpReleasedir:
 		return args(r, ss.opRelease)
-	case wire.OpFlush:
-		return withReq(r, ss.opFlush)
 	case wire.OpFsync, wire.OpFsyncdir:
 		return args(r, ss.opFsync)
 	case wire.OpLseek:

@@ -53,16 +53,12 @@ func TestPjdfstest(t *testing.T) {
 	}
 }
 
-// pjdUsers are the users of the suite, each in all of its groups: the node's
-// kernel checks against those that a test really gives.
+// pjdUsers are the users of the suite, with the groups in which it uses them.
+// Group 0 is that of a test which changes only the user.
 func pjdUsers() []home.Cred {
-	groups := []uint32{0} // what a test does not change
-	for g := uint32(65530); g <= 65535; g++ {
-		groups = append(groups, g)
-	}
-	users := []home.Cred{{Groups: groups}}
-	for _, u := range groups[1:] {
-		users = append(users, home.Cred{UID: u, GID: u, Groups: groups})
+	users := []home.Cred{{Groups: []uint32{65531, 65532, 65533, 65534, 65535}}}
+	for u := uint32(65530); u <= 65535; u++ {
+		users = append(users, home.Cred{UID: u, GID: u, Groups: []uint32{0, 65531, 65532}})
 	}
 	return users
 }

@@ -198,6 +198,21 @@ func (ss *session) take(h wire.Header, buf *link.Buf) {
 		buf.Free()
 		return
 	}
+	// What a close unlocks is unlocked in the order of requests: whoever has
+	// closed a file and asks for its lock at once must get it. The kernel
+	// does not wait for a RELEASE.
+	switch r.Opcode {
+	case wire.OpRelease:
+		if in, _, ok := wire.As[wire.ReleaseIn](body); ok {
+			ss.unlockFile(in.FH)
+		}
+	case wire.OpFlush:
+		a, err := withReq(r, ss.opFlush)
+		buf.Free()
+		ss.reply(r.Unique, a, err)
+		ss.finish()
+		return
+	}
 	ss.srv.pool.do(func(w *worker) { ss.serve(w, r) })
 }
 
