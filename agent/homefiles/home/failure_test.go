@@ -197,8 +197,7 @@ func TestCutUnderLoadIsInvisible(t *testing.T) {
 	}
 	results := make(chan result, 2)
 	go func() { out, err := dd.CombinedOutput(); results <- result{out, err} }()
-	loop := exec.CommandContext(ctx, "sh", "-euc", load)
-	loop.Dir = p.mnt
+	loop := exec.CommandContext(ctx, "sh", "-euc", in(p.mnt, load))
 	asUser(loop, alice)
 	go func() { out, err := loop.CombinedOutput(); results <- result{out, err} }()
 
@@ -435,9 +434,8 @@ func TestCommitMovesLocks(t *testing.T) {
 	}
 	// The restored process has the files open, and no lock that its new
 	// kernel knows of.
-	restored := exec.CommandContext(deadline(t, time.Minute), "sh", "-c", "exec 3<>a 4<>b; echo open; read x; exec 3<&-; echo closed; read x")
-	restored.Dir = mnt2
-	in, _ := restored.StdinPipe()
+	restored := exec.CommandContext(deadline(t, time.Minute), "sh", "-c", in(mnt2, "exec 3<>a 4<>b; echo open; read x; exec 3<&-; echo closed; read x"))
+	stdin, _ := restored.StdinPipe()
 	out, _ := restored.StdoutPipe()
 	asUser(restored, alice)
 	if err := restored.Start(); err != nil {
@@ -464,12 +462,12 @@ func TestCommitMovesLocks(t *testing.T) {
 		t.Errorf("lock of a process that did not move: %s", got)
 	}
 	// Closing the file drops the lock, though the kernel has never seen it.
-	io.WriteString(in, "\n")
+	io.WriteString(stdin, "\n")
 	lines.Scan()
 	if got := tryLock(t, filepath.Join(p.dir, "a"), "posix"); got != granted {
 		t.Errorf("posix lock after its process closed the file: %s", got)
 	}
-	in.Close()
+	stdin.Close()
 	restored.Wait()
 	if got := tryLock(t, filepath.Join(p.dir, "b"), "flock"); got != granted {
 		t.Errorf("flock after its process has ended: %s", got)
@@ -481,9 +479,8 @@ func TestMovedLocksEndWithTheirProcess(t *testing.T) {
 	p, mnt2 := moved(t)
 	posix := hold(t, filepath.Join(p.mnt, "a"), "posix")
 	posix.says(t)
-	restored := exec.CommandContext(deadline(t, time.Minute), "sh", "-c", "exec 3<>a; echo open; read x; kill -9 $$")
-	restored.Dir = mnt2
-	in, _ := restored.StdinPipe()
+	restored := exec.CommandContext(deadline(t, time.Minute), "sh", "-c", in(mnt2, "exec 3<>a; echo open; read x; kill -9 $$"))
+	stdin, _ := restored.StdinPipe()
 	out, _ := restored.StdoutPipe()
 	asUser(restored, alice)
 	if err := restored.Start(); err != nil {
@@ -496,7 +493,7 @@ func TestMovedLocksEndWithTheirProcess(t *testing.T) {
 	if got := tryLock(t, filepath.Join(p.dir, "a"), "posix"); got == granted {
 		t.Error("lock was lost in the move")
 	}
-	in.Close()
+	stdin.Close()
 	restored.Wait()
 	for range 100 {
 		if tryLock(t, filepath.Join(p.dir, "a"), "posix") == granted {

@@ -161,6 +161,7 @@ type forwarder struct {
 	pid    int
 	result chan string // what Run returned, once
 	done   chan struct{}
+	stop   func()
 }
 
 type forwardArgs struct {
@@ -208,7 +209,7 @@ func (p *pair) mount(mnt string, epoch uint64, o options) *forwarder {
 	}
 	cmd := helper(context.Background(), root, "forward", string(args))
 	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
+	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -219,7 +220,7 @@ func (p *pair) mount(mnt string, epoch uint64, o options) *forwarder {
 	if err := cmd.Start(); err != nil {
 		p.t.Fatal(err)
 	}
-	f := &forwarder{pid: cmd.Process.Pid, result: make(chan string, 1), done: make(chan struct{})}
+	f := &forwarder{pid: cmd.Process.Pid, result: make(chan string, 1), done: make(chan struct{}), stop: func() { stdin.Close() }}
 	ready := make(chan struct{})
 	go func() {
 		defer close(f.done)
@@ -233,7 +234,7 @@ func (p *pair) mount(mnt string, epoch uint64, o options) *forwarder {
 		cmd.Wait()
 	}()
 	p.t.Cleanup(func() {
-		in.Close()
+		stdin.Close()
 		select {
 		case <-f.done:
 		case <-time.After(10 * time.Second):
@@ -308,11 +309,15 @@ func asUser(cmd *exec.Cmd, as home.Cred) {
 	}
 }
 
+// in makes a script that runs in a directory. Not by Cmd.Dir: the child would
+// wait in the mount before its exec, and Go's fork keeps this whole process
+// waiting for it, which is the home that it waits for.
+func in(dir, script string) string { return "cd '" + dir + "'\n" + script }
+
 // sh runs a shell script as a user and gives its output.
 func sh(t testing.TB, as home.Cred, dir, script string, args ...string) (string, error) {
 	t.Helper()
-	cmd := exec.CommandContext(deadline(t, time.Minute), "sh", append([]string{"-euc", script, "sh"}, args...)...)
-	cmd.Dir = dir
+	cmd := exec.CommandContext(deadline(t, time.Minute), "sh", append([]string{"-euc", in(dir, script), "sh"}, args...)...)
 	cmd.WaitDelay = time.Second
 	asUser(cmd, as)
 	cmd.Env = append(os.Environ(), "HOME=/nonexistent", "LC_ALL=C", "GIT_CONFIG_NOSYSTEM=1")

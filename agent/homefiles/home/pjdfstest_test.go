@@ -31,8 +31,7 @@ func TestPjdfstest(t *testing.T) {
 	}
 	for _, f := range files {
 		name := strings.TrimPrefix(f, tests+"/")
-		cmd := exec.CommandContext(context.Background(), "bash", f)
-		cmd.Dir = work
+		cmd := exec.CommandContext(context.Background(), "bash", "-c", in(work, "exec bash "+f))
 		var out bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &out
 		err := cmd.Run()

@@ -477,9 +477,9 @@ var posixCases = []posixCase{
 	}},
 }
 
-// posixHelper runs all cases below its working directory and prints what they say.
-func posixHelper([]string) error {
-	top, _ := os.Getwd()
+// posixHelper runs all cases below a directory and prints what they say.
+func posixHelper(args []string) error {
+	top := args[0]
 	for _, c := range posixCases {
 		dir := filepath.Join(top, strings.ReplaceAll(c.name, " ", "-"))
 		if err := os.Mkdir(dir, 0o755); err != nil {
@@ -505,8 +505,7 @@ func posixHelper([]string) error {
 func TestMountBehavesAsTheLocalDisk(t *testing.T) {
 	p := newPair(t, options{})
 	run := func(dir string) string {
-		cmd := helper(deadline(t, time.Minute), alice, "posix")
-		cmd.Dir = dir
+		cmd := helper(deadline(t, time.Minute), alice, "posix", dir)
 		var stderr bytes.Buffer
 		cmd.Stderr = &stderr
 		out, err := cmd.Output()
