@@ -21,7 +21,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -339,7 +338,7 @@ func (f *forwarder) writeKernel(msg []byte) {
 func (f *forwarder) writeNotes(context.Context) error {
 	for {
 		buf, err := f.notes.next()
-		if err == io.EOF {
+		if err != nil { // closed
 			return nil
 		}
 		f.writeKernel(buf.B)

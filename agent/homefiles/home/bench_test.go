@@ -76,7 +76,8 @@ func mountSSHFS(b *testing.B, dir string) (string, func(), bool) {
 		return "", nil, false
 	}
 	mount := func() bool {
-		return sh(`sshfs -o ssh_command=$1/ssh,allow_other,default_permissions root@localhost:$2 $3`)
+		// In a session of its own: an sshd that ends kills its process group.
+		return sh(`setsid -w sshfs -o ssh_command=$1/ssh,allow_other,default_permissions root@localhost:$2 $3`)
 	}
 	if !mount() {
 		return "", nil, false

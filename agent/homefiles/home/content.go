@@ -1,6 +1,8 @@
 package home
 
 import (
+	"errors"
+
 	"golang.org/x/sys/unix"
 
 	"mosimg/agent/homefiles/link"
@@ -88,7 +90,7 @@ func (c *call) create(in *wire.CreateIn, rest []byte) (answer, error) {
 	// there meanwhile is not opened.
 	how := int(in.Flags&openMask) | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC
 	fd, err := unix.Openat(dir.fd, n, how, in.Mode&0o7777)
-	if err == unix.EEXIST && in.Flags&unix.O_EXCL == 0 {
+	if errors.Is(err, unix.EEXIST) && in.Flags&unix.O_EXCL == 0 {
 		fd, err = c.openExisting(dir.fd, n, in.Flags)
 	}
 	if err != nil {
@@ -104,7 +106,7 @@ func (c *call) openExisting(dir int, n string, flags uint32) (int, error) {
 	}
 	defer unix.Close(path)
 	fd, err := c.reopen(place{fd: path}, flags)
-	if err == unix.EACCES {
+	if errors.Is(err, unix.EACCES) {
 		var st unix.Stat_t
 		if unix.Fstat(path, &st) == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
 			err = unix.ESTALE // no file: the node must open it otherwise
@@ -208,7 +210,7 @@ func (c *call) write(in *wire.WriteIn, data []byte) (answer, error) {
 // goroutines by signals.
 func retry(f func() (int, error)) (int, error) {
 	for {
-		if n, err := f(); err != unix.EINTR {
+		if n, err := f(); !errors.Is(err, unix.EINTR) {
 			return n, err
 		}
 	}

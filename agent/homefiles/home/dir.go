@@ -2,6 +2,7 @@ package home
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 
 	"golang.org/x/sys/unix"
@@ -77,7 +78,7 @@ func (c *call) opendir() (answer, error) {
 	}
 	defer p.done()
 	fd, err := unix.Openat(p.fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err == unix.EACCES {
+	if errors.Is(err, unix.EACCES) {
 		// "." needs search permission, which reading a directory does not.
 		fd, err = unix.Open(procFD(p.fd), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	}
@@ -124,7 +125,7 @@ func (c *call) readdir(in *wire.ReadIn, plus bool) (answer, error) {
 	}
 	for {
 		e, rest, err := f.dir.peek(f.fd, off)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

@@ -186,7 +186,7 @@ func TestCutUnderLoadIsInvisible(t *testing.T) {
 
 	big := make([]byte, 16<<20)
 	for i := range big {
-		big[i] = byte(i * 2654435761 >> 13)
+		big[i] = byte(uint64(i) * 2654435761 >> 13)
 	}
 	ctx := deadline(t, time.Minute)
 	dd := exec.CommandContext(ctx, "dd", "of="+filepath.Join(p.mnt, "big"), "bs=300k", "iflag=fullblock", "status=none")

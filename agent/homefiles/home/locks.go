@@ -2,6 +2,7 @@ package home
 
 import (
 	"encoding/binary"
+	"errors"
 	"sync"
 	"time"
 
@@ -97,7 +98,7 @@ func (ss *session) opLock(r *request, in *wire.LkIn) (answer, error) {
 		return l.get()
 	}
 	a, err := l.try(wait)
-	if err != unix.EAGAIN || r.Opcode != wire.OpSetlkw {
+	if !errors.Is(err, unix.EAGAIN) || r.Opcode != wire.OpSetlkw {
 		f.unref()
 		ss.endWait(r.Unique)
 		return a, err
@@ -159,7 +160,7 @@ func (l *lockRequest) wait(w *waiter) (answer, error) {
 	timer := time.NewTimer(pause)
 	defer timer.Stop()
 	for {
-		if a, err := l.try(w); err != unix.EAGAIN {
+		if a, err := l.try(w); !errors.Is(err, unix.EAGAIN) {
 			return a, err
 		}
 		timer.Reset(pause)

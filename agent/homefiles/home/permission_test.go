@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -170,7 +171,7 @@ func TestHostileNode(t *testing.T) {
 		{"an old epoch", 2, wire.Hello{Capsule: "j", Epoch: 4}, wire.RefuseFenced},
 		{"an epoch to come", 2, wire.Hello{Capsule: "j", Epoch: 6}, wire.RefuseUnknown},
 	} {
-		if _, err := greet(t, srv, tc.peer, tc.h); err != refusal(tc.want) {
+		if _, err := greet(t, srv, tc.peer, tc.h); !errors.Is(err, refusal(tc.want)) {
 			t.Errorf("%s: %v; want %v", tc.name, err, tc.want)
 		}
 	}

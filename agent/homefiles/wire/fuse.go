@@ -206,11 +206,11 @@ func ParseReply(b []byte) (OutHeader, []byte, error) {
 
 // Name cuts a NUL-terminated name off b.
 func Name(b []byte) (string, []byte, bool) {
-	i := bytes.IndexByte(b, 0)
-	if i < 0 {
+	name, rest, ok := bytes.Cut(b, []byte{0})
+	if !ok {
 		return "", nil, false
 	}
-	return string(b[:i]), b[i+1:], true
+	return string(name), rest, true
 }
 
 // Reply makes a whole reply: header and the parts of the body.

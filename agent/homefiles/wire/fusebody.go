@@ -83,8 +83,8 @@ type (
 		Flags, ReleaseFlags uint32
 		LockOwner           uint64
 	}
-	// FlushIn: the kernel leaves TGID (its "unused") zero; a forwarder under
-	// PolicyForwardFlush fills in the process that closes the file.
+	// FlushIn has in TGID what the kernel leaves zero ("unused"): under
+	// PolicyForwardFlush a forwarder fills in the process that closes.
 	FlushIn struct {
 		FH            uint64
 		TGID, Padding uint32
