@@ -60,9 +60,13 @@ type event struct {
 
 type oneRoot struct{ root control.Root }
 
-func (r oneRoot) Open(context.Context, api.NodeID, migrate.JobID, uint64) (control.Root, func(), error) {
-	return r.root, func() {}, nil
+func (r oneRoot) Open(context.Context, api.NodeID, migrate.JobID, uint64) (control.Root, error) {
+	return r.root, nil
 }
+
+func (r oneRoot) Sync(context.Context, api.NodeID, migrate.JobID, uint64) error { return nil }
+
+func (r oneRoot) Close(context.Context, api.NodeID, migrate.JobID, uint64) error { return nil }
 
 // agentMain is a test agent.
 func agentMain(args []string) int {

@@ -19,13 +19,6 @@ import (
 	"mosimg/internal/fault"
 )
 
-// Roots gives the tree that a job sees on this node: at home a bind of its
-// own, elsewhere the home files.
-type Roots interface {
-	// Open makes the tree for a copy of a job; release lets it go, after the copy.
-	Open(ctx context.Context, home api.NodeID, job JobID, epoch uint64) (root control.Root, release func(), err error)
-}
-
 // NodeConfig is what a Node needs.
 type NodeConfig struct {
 	Self    api.NodeID
@@ -67,6 +60,7 @@ type copyRecord struct {
 	Job     JobID
 	Home    api.NodeID
 	Epoch   uint64
+	Root    uint64 // epoch in which its root was opened
 	Phase   phase
 	Capsule string     // its name; that of the epoch in which it was made
 	Source  api.NodeID `json:",omitempty"` // who may send its pages
@@ -79,10 +73,9 @@ type jobCopy struct {
 	turn sync.Mutex // held by who works on the copy
 	c    *capsule.Capsule
 
-	mu      sync.Mutex // guards the following
-	rec     copyRecord
-	release func()             // of the root; nil for a copy of an earlier agent
-	cancel  context.CancelFunc // of a Freeze or Restore under way
+	mu     sync.Mutex // guards the following
+	rec    copyRecord
+	cancel context.CancelFunc // of a Freeze or Restore under way
 }
 
 // OpenNode takes over what an earlier agent left in conf.Dir. Settle then
@@ -150,7 +143,7 @@ func (n *Node) create(ctx context.Context, home api.NodeID, job JobID, epoch uin
 	if err := job.check(); err != nil {
 		return nil, err
 	}
-	root, release, err := n.conf.Roots.Open(ctx, home, job, epoch)
+	root, err := n.conf.Roots.Open(ctx, home, job, epoch)
 	if err != nil {
 		return nil, err
 	}
@@ -158,14 +151,20 @@ func (n *Node) create(ctx context.Context, home api.NodeID, job JobID, epoch uin
 		ID: name, Dir: n.capsuleDir(name), Cgroup: n.capsuleGroup(name), Root: root, CRIU: n.conf.CRIU,
 	}})
 	if err != nil {
-		release()
-		return nil, err
+		return nil, errors.Join(err, n.closeRoot(ctx, home, job, epoch))
 	}
-	cp := &jobCopy{c: c, release: release, rec: copyRecord{Job: job, Home: home, Epoch: epoch, Capsule: name}}
+	cp := &jobCopy{c: c, rec: copyRecord{Job: job, Home: home, Epoch: epoch, Root: epoch, Capsule: name}}
 	n.mu.Lock()
 	n.copies[copyKey{job, epoch}] = cp
 	n.mu.Unlock()
 	return cp, nil
+}
+
+// closeRoot closes a root also when the caller has hung up.
+func (n *Node) closeRoot(ctx context.Context, home api.NodeID, job JobID, epoch uint64) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepTime)
+	defer cancel()
+	return n.conf.Roots.Close(ctx, home, job, epoch)
 }
 
 // Start starts a job in its first epoch. The error wraps the errno when
@@ -211,14 +210,14 @@ func (n *Node) remove(ctx context.Context, cp *jobCopy) error {
 	if err := cp.c.Remove(ctx); err != nil {
 		return fault.New(fault.Environment, "remove", "capsule "+rec.Capsule, err, "")
 	}
+	if err := n.conf.Roots.Close(ctx, rec.Home, rec.Job, rec.Root); err != nil {
+		return fault.New(fault.Environment, "close", "root of capsule "+rec.Capsule, err, "")
+	}
 	if err := os.RemoveAll(n.imagesDir(rec.Capsule)); err != nil {
 		return err
 	}
 	if err := n.journal.Delete(capsuleName(rec.Job, rec.Epoch)); err != nil {
 		return err
-	}
-	if cp.release != nil {
-		cp.release()
 	}
 	n.mu.Lock()
 	delete(n.copies, copyKey{rec.Job, rec.Epoch})
