@@ -49,6 +49,59 @@ type Capsule struct {
 	id     string
 	dir    string
 	cgroup string
+	// remote connects to a capsule on another node; nil for one that is here.
+	remote func(context.Context) (net.Conn, error)
+}
+
+// Remote is a capsule on another node, by connections that lead to Bridge
+// there. It can do what control.Request.Remote allows.
+func Remote(id string, connect func(context.Context) (net.Conn, error)) *Capsule {
+	return &Capsule{id: id, remote: connect}
+}
+
+// Bridge serves one connection of another node's Remote: one request, and
+// what follows from it. It closes the connection.
+func (c *Capsule) Bridge(ctx context.Context, conn net.Conn) error {
+	defer conn.Close()
+	var req control.Request
+	if _, err := control.Receive(conn, &req); err != nil {
+		return err
+	}
+	if !req.Remote() {
+		err := fault.New(fault.Refused, string(req.Verb), "capsule "+c.id, "another node may not ask for that", "")
+		return control.Send(conn, control.Answer{Error: control.FromError(err)})
+	}
+	shim, err := c.dial(ctx)
+	if err != nil {
+		return control.Send(conn, control.Answer{Error: control.FromError(err)})
+	}
+	defer shim.Close()
+	if err := control.Send(shim, req); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	done := make(chan struct{})
+	go func() { // what the other node sends, its end above all
+		defer close(done)
+		if req.Stream() {
+			_, _ = io.Copy(shim, conn)
+		} else {
+			_, _ = conn.Read(make([]byte, 1))
+		}
+		shim.Close()
+	}()
+	if req.Stream() {
+		_, err = io.Copy(conn, shim)
+	} else {
+		var a control.Answer
+		if _, err = control.Receive(shim, &a); err == nil {
+			err = control.Send(conn, a)
+		}
+	}
+	conn.Close()
+	<-done
+	return err
 }
 
 // startTime bounds the set-up of a capsule, which takes some 30 ms. What may
@@ -183,7 +236,10 @@ func Attach(id, dir, cgroup string) *Capsule { return &Capsule{id: id, dir: dir,
 func (c *Capsule) ID() string { return c.id }
 
 // dial connects to the shim.
-func (c *Capsule) dial() (*net.UnixConn, error) {
+func (c *Capsule) dial(ctx context.Context) (net.Conn, error) {
+	if c.remote != nil {
+		return c.remote(ctx)
+	}
 	d, err := os.Open(c.dir)
 	if err != nil {
 		return nil, c.gone(err)
@@ -209,7 +265,7 @@ func (c *Capsule) gone(err error) error {
 
 // call is one request and its answer. The end of ctx hangs up.
 func (c *Capsule) call(ctx context.Context, req control.Request, files ...*os.File) (control.Status, error) {
-	conn, err := c.dial()
+	conn, err := c.dial(ctx)
 	if err != nil {
 		return control.Status{}, err
 	}
@@ -218,7 +274,7 @@ func (c *Capsule) call(ctx context.Context, req control.Request, files ...*os.Fi
 	return a.Status, err
 }
 
-func (c *Capsule) exchange(ctx context.Context, conn *net.UnixConn, req control.Request, files ...*os.File) (a control.Answer, err error) {
+func (c *Capsule) exchange(ctx context.Context, conn net.Conn, req control.Request, files ...*os.File) (a control.Answer, err error) {
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	err = control.Send(conn, req, files...)
@@ -245,6 +301,11 @@ func (c *Capsule) Run(ctx context.Context, spec control.Spec) (control.Status, e
 // Status is what the shim knows about the job.
 func (c *Capsule) Status(ctx context.Context) (control.Status, error) {
 	return c.call(ctx, control.Request{Verb: control.Query})
+}
+
+// Measure is Status with what the job takes.
+func (c *Capsule) Measure(ctx context.Context) (control.Status, error) {
+	return c.call(ctx, control.Request{Verb: control.Query, Measure: true})
 }
 
 // Wait returns when the job has ended, has been committed elsewhere, or has been given up.

@@ -433,7 +433,7 @@ func TestRefusalInWords(t *testing.T) {
 	ctx := t.Context()
 	for kind, want := range map[string]string{
 		"connection": "(program) has a network socket (tcp)",
-		"lock":       "a process holds a file lock",
+		"lock":       "(program) holds a lock on ",
 	} {
 		c := w.Capsule(w.Home())
 		if _, err := c.Run(ctx, w.Program("pinned", kind, w.Work)); err != nil {

@@ -18,7 +18,7 @@ const maxFrame = 1 << 20
 // every byte until it is acknowledged, so a reader that fails can begin again
 // where it was.
 type Output struct {
-	conn *net.UnixConn
+	conn net.Conn
 	rest int // bytes of the current frame that were not read yet
 }
 
@@ -32,8 +32,8 @@ func (c *Capsule) Output(ctx context.Context, verb control.Verb, from uint64) (*
 	return &Output{conn: conn}, nil
 }
 
-func (c *Capsule) openStream(ctx context.Context, req control.Request) (*net.UnixConn, uint64, error) {
-	conn, err := c.dial()
+func (c *Capsule) openStream(ctx context.Context, req control.Request) (net.Conn, uint64, error) {
+	conn, err := c.dial(ctx)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -85,7 +85,7 @@ func (o *Output) Close() error { return o.conn.Close() }
 
 // Input is a job's stdin.
 type Input struct {
-	conn *net.UnixConn
+	conn net.Conn
 	// Offset is the number of bytes that the job's pipe had taken when the
 	// stream was opened: what follows is wanted.
 	Offset uint64

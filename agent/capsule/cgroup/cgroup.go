@@ -128,6 +128,16 @@ func (l *Leaf) Procs() ([]int, error) {
 	return pids, nil
 }
 
+// CPUMicros is how long the group's processes have run, those too that have
+// ended: in microseconds. It needs no controller.
+func (l *Leaf) CPUMicros() (int64, error) {
+	data, err := l.root.ReadFile("cpu.stat")
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseInt(eventOf(string(data), "usage_usec"), 10, 64)
+}
+
 // Kill kills every process in the group, those too that are being forked.
 func (l *Leaf) Kill() error { return l.write("cgroup.kill", "1") }
 

@@ -68,7 +68,9 @@ type Spec struct {
 	Groups []uint32
 	Umask  int
 	Nice   int
-	Limits []Limit
+	// Ignored are the numbers of signals that the program starts with ignored.
+	Ignored []int `json:",omitempty"`
+	Limits  []Limit
 }
 
 // Limit is a resource limit; Resource is a number of setrlimit(2).
@@ -106,7 +108,22 @@ type Request struct {
 	Signal int    `json:",omitempty"`
 	Group  bool   `json:",omitempty"`
 	Offset uint64 `json:",omitempty"` // of an output stream: the first byte wanted
+	// Measure fills in Status.Use: it costs a look at every process.
+	Measure bool `json:",omitempty"`
 }
+
+// Remote tells whether a home may ask this of a shim on another node: all but
+// what makes, moves and ends a capsule, which is the node's business.
+func (r Request) Remote() bool {
+	switch r.Verb {
+	case Query, Wait, Stop, Cont, Kill, Signal, Stdin, Stdout, Stderr:
+		return true
+	}
+	return false
+}
+
+// Stream tells whether the connection becomes a stream after the answer.
+func (r Request) Stream() bool { return r.Verb == Stdin || r.Verb == Stdout || r.Verb == Stderr }
 
 // Answer is one message from the shim.
 type Answer struct {
@@ -140,6 +157,18 @@ type Status struct {
 	Exit   int  `json:",omitempty"`
 	Signal int  `json:",omitempty"`
 	Core   bool `json:",omitempty"`
+	// Use is what the job takes; nil unless it was measured.
+	Use *Use `json:",omitempty"`
+}
+
+// Use is what a job takes on its node.
+type Use struct {
+	Processes int
+	Bytes     int64 // resident, shared pages counted once for each process
+	// CPUMicros is the time its processes have run, on all nodes they were on.
+	CPUMicros int64
+	// Pinned is why the job cannot be moved as it is now; "" if it can.
+	Pinned string `json:",omitempty"`
 }
 
 // Error is a failure on its way to the other side.
@@ -156,8 +185,9 @@ const maxMessage = 8 << 20
 // maxFiles bounds the descriptors that come with a message.
 const maxFiles = 4
 
-// Send sends v, and with it descriptors, which stay the caller's.
-func Send(c *net.UnixConn, v any, files ...*os.File) error {
+// Send sends v, and with it descriptors, which stay the caller's: only over a
+// unix socket.
+func Send(c net.Conn, v any, files ...*os.File) error {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return err
@@ -181,7 +211,15 @@ func Send(c *net.UnixConn, v any, files ...*os.File) error {
 		oob = unix.UnixRights(fds...)
 	}
 	head := binary.BigEndian.AppendUint32(nil, uint32(len(body)))
-	if _, _, err := c.WriteMsgUnix(head, oob, nil); err != nil {
+	if len(fds) == 0 {
+		_, err := c.Write(append(head, body...))
+		return err
+	}
+	uc, ok := c.(*net.UnixConn)
+	if !ok {
+		return fmt.Errorf("%d open files cannot be sent over a %T", len(fds), c)
+	}
+	if _, _, err := uc.WriteMsgUnix(head, oob, nil); err != nil {
 		return err
 	}
 	_, err = c.Write(body)
@@ -189,7 +227,7 @@ func Send(c *net.UnixConn, v any, files ...*os.File) error {
 }
 
 // Receive receives into v. The descriptors that came are the caller's.
-func Receive(c *net.UnixConn, v any) (files []*os.File, err error) {
+func Receive(c net.Conn, v any) (files []*os.File, err error) {
 	defer func() {
 		if err != nil {
 			CloseAll(files)
@@ -198,18 +236,21 @@ func Receive(c *net.UnixConn, v any) (files []*os.File, err error) {
 	}()
 	head := make([]byte, 4)
 	oob := make([]byte, unix.CmsgSpace(4*maxFiles))
-	n, oobn, flags, _, err := c.ReadMsgUnix(head, oob)
-	if err != nil {
-		return nil, err
-	}
-	if files, err = rights(oob[:oobn]); err != nil {
-		return files, err
-	}
-	if flags&unix.MSG_CTRUNC != 0 {
-		return files, fmt.Errorf("more than %d descriptors", maxFiles)
-	}
-	if n == 0 {
-		return files, io.EOF
+	n := 0
+	if uc, ok := c.(*net.UnixConn); ok {
+		var oobn, flags int
+		if n, oobn, flags, _, err = uc.ReadMsgUnix(head, oob); err != nil {
+			return nil, err
+		}
+		if files, err = rights(oob[:oobn]); err != nil {
+			return files, err
+		}
+		if flags&unix.MSG_CTRUNC != 0 {
+			return files, fmt.Errorf("more than %d descriptors", maxFiles)
+		}
+		if n == 0 {
+			return files, io.EOF
+		}
 	}
 	if _, err := io.ReadFull(c, head[n:]); err != nil {
 		return files, err

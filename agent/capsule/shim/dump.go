@@ -64,11 +64,7 @@ func (s *shim) dump(ctx context.Context, images, pages *os.File) error {
 // dumpTo runs CRIU. decide is called with the job dumped and frozen, and says
 // whether it is to be killed.
 func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.File, decide func() bool) error {
-	pids, err := s.inTree(st.Leader)
-	if err != nil {
-		return err
-	}
-	if err := pinned(pids); err != nil {
+	if err := s.movable(st.Leader); err != nil {
 		return err
 	}
 	if st.Stopped {
@@ -86,7 +82,7 @@ func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.
 		opts.Ps = &rpc.CriuPageServerInfo{Fd: proto.Int32(criuExtraFD)}
 	}
 	commit := false
-	_, err = s.runCRIU(ctx, rpc.CriuReqType_DUMP, opts, images, extra, func(ctx context.Context, n swrk.Notify) error {
+	_, err := s.runCRIU(ctx, rpc.CriuReqType_DUMP, opts, images, extra, func(ctx context.Context, n swrk.Notify) error {
 		if n.Stage != swrk.PostDump {
 			return nil
 		}
@@ -120,7 +116,10 @@ func (s *shim) seal(ctx context.Context, st control.Status, images *os.File) err
 	if err != nil {
 		return err
 	}
-	im := image{Leader: st.Leader, Program: st.Program, Pids: pids, Pipes: s.pipes}
+	if err := locked(pids); err != nil { // taken since movable
+		return err
+	}
+	im := image{Leader: st.Leader, Program: st.Program, Pids: pids, Pipes: s.pipes, CPUMicros: s.cpuMicros()}
 	if im.Tids, err = threadsOf(pids); err != nil {
 		return err
 	}
@@ -180,6 +179,22 @@ func (s *shim) finish(commit bool) error {
 	s.mu.Unlock()
 	<-finished
 	return nil
+}
+
+// movable tells why the job cannot be moved as it is now.
+func (s *shim) movable(leader int) error {
+	pids, err := s.inTree(leader)
+	if err != nil {
+		return err
+	}
+	uids, err := uidsOf(leader)
+	if err != nil {
+		return err
+	}
+	if len(uids) == 0 {
+		return fmt.Errorf("process %d has no user", leader)
+	}
+	return pinned(pids, uids[0])
 }
 
 // inTree returns the processes of the job, all of which must be the leader's

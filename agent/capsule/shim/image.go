@@ -34,6 +34,8 @@ type image struct {
 	Tids    []int     // every thread
 	Pipes   [3]uint64 // inode numbers of stdin, stdout and stderr on the old node
 	Streams streamState
+	// CPUMicros is how long its processes have run, on all nodes so far.
+	CPUMicros int64
 	// LeaderImage is the program of the leader that the job was started with.
 	LeaderImage []byte
 }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -37,6 +38,8 @@ type shim struct {
 	quit     sync.Once // closes stop
 	// leaderImage is the program of a restored job's leader; set before the job is there.
 	leaderImage []byte
+	// cpuBefore is how long the job has run on other nodes, in microseconds.
+	cpuBefore atomic.Int64
 
 	mu     sync.Mutex // guards the following
 	status control.Status

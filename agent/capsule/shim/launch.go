@@ -101,7 +101,7 @@ func launch() error {
 	if err != nil {
 		return err
 	}
-	defaultSignals()
+	setSignals(spec.Ignored)
 	argv := append([]string{"mosimg-leader", path}, spec.Argv...)
 	return &os.PathError{Op: "exec", Path: "leader", Err: unix.Exec(leaderPath(leader.Image()), argv, spec.Env)}
 }
@@ -126,11 +126,22 @@ func dropBounding() error {
 	}
 }
 
-// defaultSignals undoes what an agent started with nohup would hand down.
-func defaultSignals() {
-	var dfl [64]byte // a struct sigaction of zeros: SIG_DFL
+// setSignals undoes what an agent started with nohup would hand down, and makes
+// the program ignore what its caller does.
+func setSignals(ignored []int) {
+	action := func(sig, handler uintptr) {
+		// A struct sigaction begins with the handler: SIG_DFL is 0, SIG_IGN is 1.
+		sa := [64 / unsafe.Sizeof(handler)]uintptr{handler}
+		unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&sa)), 0, 8, 0, 0) //nolint:errcheck // what cannot be ignored is not
+	}
+	const sigDFL, sigIGN = 0, 1
 	for _, sig := range []syscall.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGPIPE, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU} {
-		unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&dfl)), 0, 8, 0, 0) //nolint:errcheck // cannot fail for these
+		action(uintptr(sig), sigDFL)
+	}
+	for _, sig := range ignored {
+		if sig > 0 {
+			action(uintptr(sig), sigIGN)
+		}
 	}
 }
 

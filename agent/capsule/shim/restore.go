@@ -77,6 +77,7 @@ func (s *shim) restore(ctx context.Context, images *os.File) (err error) {
 	}
 	ended = s.reaper.adopt(im.Leader)
 	s.adoptJob(im.Leader, im.Program, ended, pipes, im.Streams)
+	s.cpuBefore.Store(im.CPUMicros)
 	s.mu.Lock()
 	s.set(control.Restored)
 	s.mu.Unlock()

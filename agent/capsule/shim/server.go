@@ -62,7 +62,11 @@ func (s *shim) handle(c *net.UnixConn) {
 		}
 		err = s.do(c, req, files)
 		control.CloseAll(files)
-		if err := control.Send(c, control.Answer{Error: control.FromError(err), Status: s.query()}); err != nil {
+		st := s.query()
+		if req.Measure {
+			st.Use = s.measure(st)
+		}
+		if err := control.Send(c, control.Answer{Error: control.FromError(err), Status: st}); err != nil {
 			return
 		}
 		if req.Verb == control.Quit {
