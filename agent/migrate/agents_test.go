@@ -102,7 +102,7 @@ func agentMain(args []string) int {
 	}
 	var node *migrate.Node
 	home, err := migrate.NewHome(migrate.HomeConfig{
-		Self: conf.ID, Journal: homeJournal, Version: "test", Log: log,
+		Self: conf.ID, Journal: homeJournal, Log: log,
 		Peer: func(id api.NodeID) migrate.Peer {
 			if id == conf.ID {
 				return node
@@ -120,8 +120,10 @@ func agentMain(args []string) int {
 	}
 	client := migrate.Client{Dial: dial}
 	node, err = migrate.OpenNode(migrate.NodeConfig{
-		Self: conf.ID, Dir: conf.Dir, Cgroup: conf.Cgroup, CRIU: conf.CRIU, Version: "test", Log: log,
-		Roots: oneRoot{conf.Root}, Dial: dial,
+		Self: conf.ID, Dir: conf.Dir, Cgroup: conf.Cgroup, Log: log,
+		CRIU:    func() control.CRIU { return conf.CRIU },
+		Machine: func() migrate.Machine { return migrate.Machine{Version: "test"} },
+		Roots:   oneRoot{conf.Root}, Dial: dial,
 		Judge: judge{conf.ID, home, client},
 	})
 	if err != nil {
@@ -157,9 +159,7 @@ func agentMain(args []string) int {
 		defer cancel()
 		switch c.Do {
 		case "start":
-			if err = node.Start(ctx, conf.ID, c.Job, *c.Spec); err == nil {
-				err = home.Add(c.Job, conf.ID)
-			}
+			err = home.Start(ctx, c.Job, conf.ID, *c.Spec)
 		case "move":
 			err = home.Move(tctx, c.Job, c.To)
 		case "drive":

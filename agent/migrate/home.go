@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"mosimg/agent/capsule/control"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
 )
@@ -18,8 +19,10 @@ type HomeConfig struct {
 	Journal *Journal[Record]
 	// Peer gives a node to talk to: itself for Self.
 	Peer func(api.NodeID) Peer
-	// Version goes into every order to prepare.
-	Version string
+	// Files serves the files of jobs to their guests; nil if there are no guests elsewhere.
+	Files Files
+	// Changed, if set, is told each new record of a job. It must not call back.
+	Changed func(Record)
 	// Trace, if set, is told each step when it is about to be taken.
 	Trace func(JobID, Step)
 	Log   *slog.Logger // nil is silent
@@ -54,6 +57,8 @@ type Home struct {
 
 	mu   sync.Mutex // guards the following
 	jobs map[JobID]*homeJob
+	// stopped is since when a job stands still whose move is committed.
+	stopped map[JobID]time.Time
 }
 
 // homeJob is a job and who is working on it.
@@ -66,9 +71,12 @@ type homeJob struct {
 
 // NewHome reads the journal. Drive then finishes what an earlier agent had begun.
 func NewHome(conf HomeConfig) (*Home, error) {
-	h := &Home{conf: conf, log: conf.Log, jobs: make(map[JobID]*homeJob)}
+	h := &Home{conf: conf, log: conf.Log, jobs: make(map[JobID]*homeJob), stopped: make(map[JobID]time.Time)}
 	if h.log == nil {
 		h.log = slog.New(slog.DiscardHandler)
+	}
+	if conf.Files == nil {
+		h.conf.Files = noFiles{}
 	}
 	all, err := conf.Journal.All()
 	if err != nil {
@@ -80,19 +88,60 @@ func NewHome(conf HomeConfig) (*Home, error) {
 	return h, nil
 }
 
-// Add makes a job that was started on a node known.
-func (h *Home) Add(job JobID, node api.NodeID) error {
+// Start starts a job on a node. After an error there is no such job; that
+// error wraps the errno when the program cannot be run.
+func (h *Home) Start(ctx context.Context, job JobID, node api.NodeID, spec control.Spec) error {
+	j := &homeJob{rec: NewRecord(job, h.conf.Self, node)}
+	j.rec.Started = time.Now()
+	j.rec.Since = j.rec.Started
+	// Nobody else may work on the job before it is known whether there is one.
+	j.turn.Lock()
+	defer j.turn.Unlock()
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	if h.jobs[job] != nil {
-		return fault.New(fault.Refused, "add", "job "+string(job), "there is one of this name", "")
-	}
-	j := &homeJob{rec: NewRecord(job, node)}
-	if err := h.conf.Journal.Put(string(job), j.rec); err != nil {
-		return fault.New(fault.Environment, "journal", "job "+string(job), err, "")
+		h.mu.Unlock()
+		return fault.New(fault.Refused, "start", "job "+string(job), "there is one of this name", "")
 	}
 	h.jobs[job] = j
-	return nil
+	h.mu.Unlock()
+	// Journalled first: a restarted agent asks the node whether it runs.
+	err := h.conf.Journal.Put(string(job), j.rec)
+	order := Order{Job: job, Home: h.conf.Self, Epoch: j.rec.At.Epoch}
+	if err == nil && node != h.conf.Self {
+		err = h.conf.Files.Prepare(ctx, job, Placement{h.conf.Self, j.rec.At.Epoch - 1}, j.rec.At)
+		if err == nil {
+			err = h.conf.Files.Commit(ctx, job, j.rec.At, nil)
+		}
+	}
+	if err == nil {
+		err = h.conf.Peer(node).Start(ctx, order, spec)
+	}
+	if err == nil {
+		// If this cannot be journalled, a restarted agent confirms it.
+		if _, err := h.change(j, func(r Record) (Record, error) { return r.Confirm(), nil }); err != nil {
+			h.log.Warn("a job runs, but that is not in the journal yet", "job", job, "err", err)
+		}
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepTime)
+	defer cancel()
+	if derr := h.conf.Peer(node).Discard(ctx, order); derr != nil {
+		// It asks us about its copy, and is told that there is no such job.
+		h.log.Warn("cannot tell a node that a job was not started", "job", job, "err", derr)
+	}
+	_ = h.conf.Files.Remove(ctx, job) // what it serves nobody has
+	h.drop(job)
+	return err
+}
+
+// drop forgets a job.
+func (h *Home) drop(job JobID) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.conf.Journal.Delete(string(job)); err != nil {
+		h.log.Error("a job that is over stays in the journal", "job", job, "err", err)
+	}
+	delete(h.jobs, job)
 }
 
 // Jobs are the records of all jobs.
@@ -133,16 +182,71 @@ func (j *homeJob) record() Record {
 // change journals the next record, and only then makes it the truth.
 func (h *Home) change(j *homeJob, f func(Record) (Record, error)) (Record, error) {
 	j.mu.Lock()
-	defer j.mu.Unlock()
 	next, err := f(j.rec)
 	if err != nil {
+		defer j.mu.Unlock()
 		return j.rec, err
 	}
+	if next.At != j.rec.At {
+		next.Since = time.Now()
+	}
 	if err := h.conf.Journal.Put(string(next.Job), next); err != nil {
+		defer j.mu.Unlock()
 		return j.rec, fault.New(fault.Environment, "journal", "job "+string(next.Job), err, "")
 	}
 	j.rec = next
+	j.mu.Unlock()
+	if h.conf.Changed != nil {
+		h.conf.Changed(next)
+	}
 	return next, nil
+}
+
+// Lost ends a job whose node is gone for good.
+func (h *Home) Lost(job JobID, reason string) error {
+	j, err := h.job(job)
+	if err != nil {
+		return err
+	}
+	_, err = h.change(j, func(r Record) (Record, error) {
+		if r.End != nil {
+			return r, nil
+		}
+		return r.Finish(End{Lost: reason}), nil
+	})
+	return err
+}
+
+// driveEvery is how often Run looks for jobs of which something is unfinished.
+const driveEvery = 3 * time.Second
+
+// Run goes on, until ctx ends, with what is unfinished: of an earlier agent, or
+// since a node could not be reached.
+func (h *Home) Run(ctx context.Context) {
+	tick := time.NewTicker(driveEvery)
+	defer tick.Stop()
+	for {
+		for _, rec := range h.Jobs() {
+			if rec.Todo() == Nothing {
+				continue
+			}
+			j, err := h.job(rec.Job)
+			if err != nil || !j.turn.TryLock() {
+				continue // somebody is at it
+			}
+			go func() {
+				defer j.turn.Unlock()
+				if err := h.drive(ctx, j); err != nil {
+					h.log.Warn("unfinished", "job", rec.Job, "err", err)
+				}
+			}()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
 }
 
 // Ask answers a node that holds a frozen copy: see Judge.
@@ -191,15 +295,14 @@ func (h *Home) Forget(ctx context.Context, job JobID) error {
 		return err
 	}
 	// First the copy: a record is what makes us try again.
-	if err := h.conf.Peer(rec.At.Node).Discard(ctx, Order{Job: job, Home: h.conf.Self, Epoch: rec.At.Epoch}); err != nil {
+	err = h.conf.Peer(rec.At.Node).Discard(ctx, Order{Job: job, Home: h.conf.Self, Epoch: rec.At.Epoch})
+	if err != nil && rec.End.Lost == "" { // a lost job's node may never answer; if it does, it asks
 		return err
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if err := h.conf.Journal.Delete(string(job)); err != nil {
+	if err := h.conf.Files.Remove(ctx, job); err != nil {
 		return err
 	}
-	delete(h.jobs, job)
+	h.drop(job)
 	return nil
 }
 
@@ -221,44 +324,112 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 		return fault.New(fault.Refused, "move", "job "+string(job), "it is being moved", "try again when it is there")
 	}
 	defer j.turn.Unlock()
+	if _, err := j.record().Reserve(to); err != nil {
+		return err
+	}
+	facts, err := h.inspect(ctx, j.record(), to)
+	if err != nil {
+		return err
+	}
 	rec, err := h.change(j, func(r Record) (Record, error) { return r.Reserve(to) })
 	if err != nil {
 		return err
 	}
-	if err := h.carry(ctx, rec); err != nil {
+	pids, stopped, err := h.carry(ctx, rec, facts)
+	if err != nil {
 		h.callOff(ctx, j, rec.Next, err.Error())
 		return fault.New(fault.Refused, "move", "job "+string(job), err, fmt.Sprintf("it runs on, on node %d", rec.At.Node))
 	}
 	h.step(job, StepCommit)
-	if _, err := h.change(j, Record.Commit); err != nil {
+	if _, err := h.change(j, func(r Record) (Record, error) {
+		r, err := r.Commit()
+		r.Pids = pids
+		return r, err
+	}); err != nil {
 		h.callOff(ctx, j, rec.Next, err.Error())
 		return err
 	}
+	h.mu.Lock()
+	h.stopped[job] = stopped
+	h.mu.Unlock()
 	err = h.drive(ctx, j)
 	h.step(job, StepDone)
 	return err
 }
 
+// inspect refuses what cannot be moved before anything is touched.
+func (h *Home) inspect(ctx context.Context, rec Record, to api.NodeID) (Facts, error) {
+	ctx, cancel := context.WithTimeout(ctx, stepTime)
+	defer cancel()
+	refuse := func(cause any) error {
+		return fault.New(fault.Refused, "move", "job "+string(rec.Job), cause, fmt.Sprintf("it runs on, on node %d", rec.At.Node))
+	}
+	facts, err := h.conf.Peer(rec.At.Node).Inspect(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch})
+	if err != nil {
+		return facts, refuse(err)
+	}
+	if facts.Use.Pinned != "" {
+		return facts, refuse(facts.Use.Pinned)
+	}
+	return facts, h.unlocked(ctx, rec, to)
+}
+
+// unlocked refuses a move home of a job that holds locks on home files: here
+// the kernel would have to know its processes as their holders.
+func (h *Home) unlocked(ctx context.Context, rec Record, to api.NodeID) error {
+	if to != h.conf.Self {
+		return nil
+	}
+	locks, err := h.conf.Files.Locks(ctx, rec.Job)
+	if err == nil && len(locks) > 0 {
+		err = fault.New(fault.Refused, "move home", "job "+string(rec.Job), "it holds a lock: "+locks[0], "try again when it has let go")
+	}
+	return err
+}
+
 // carry takes a move to the point where both copies are frozen and complete.
-func (h *Home) carry(ctx context.Context, rec Record) error {
+// It tells which process of the old copy is which of the new one, and since
+// when the job stands still at the most.
+func (h *Home) carry(ctx context.Context, rec Record, facts Facts) (pids map[uint32]uint32, stopped time.Time, err error) {
 	src, dst := h.conf.Peer(rec.At.Node), h.conf.Peer(rec.Next.Node)
-	atDst := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Next.Epoch, Source: rec.At.Node, Version: h.conf.Version}
+	atDst := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Next.Epoch, Source: rec.At.Node, Machine: facts.Machine, Bytes: facts.Use.Bytes}
 	atSrc := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, To: *rec.Next}
+	var before, after Pids
 	for _, s := range []struct {
-		step  Step
-		order func(context.Context, Order) error
-		arg   Order
+		step Step
+		do   func() error
 	}{
-		{StepPrepare, dst.Prepare, atDst},
-		{StepFreeze, src.Freeze, atSrc},
-		{StepRestore, dst.Restore, atDst},
+		{StepPrepare, func() error {
+			if err := h.conf.Files.Prepare(ctx, rec.Job, rec.At, *rec.Next); err != nil {
+				return err
+			}
+			return dst.Prepare(ctx, atDst)
+		}},
+		{StepFreeze, func() (err error) {
+			stopped = time.Now()
+			if before, err = src.Freeze(ctx, atSrc); err != nil {
+				return err
+			}
+			if err := h.conf.Files.Sync(ctx, rec.Job); err != nil {
+				return err
+			}
+			return h.unlocked(ctx, rec, rec.Next.Node) // taken since the first look
+		}},
+		{StepRestore, func() (err error) {
+			after, err = dst.Restore(ctx, atDst)
+			return err
+		}},
 	} {
 		h.step(rec.Job, s.step)
-		if err := s.order(ctx, s.arg); err != nil {
-			return fmt.Errorf("%s: %w", s.step, err)
+		if err := s.do(); err != nil {
+			return nil, stopped, fmt.Errorf("%s: %w", s.step, err)
 		}
 	}
-	return nil
+	pids = make(map[uint32]uint32)
+	for inside, pid := range before {
+		pids[pid] = after[inside]
+	}
+	return pids, stopped, nil
 }
 
 // callOff journals the abort and tells both nodes, once: a node that is not
@@ -274,6 +445,9 @@ func (h *Home) callOff(ctx context.Context, j *homeJob, next *Placement, reason 
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepTime)
 	defer cancel()
 	order := Order{Job: rec.Job, Home: h.conf.Self, Reason: reason}
+	if err := h.conf.Files.Abort(ctx, rec.Job, *next); err != nil {
+		h.log.Warn("home files still wait for a copy that does not come", "job", rec.Job, "err", err)
+	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		o := order
@@ -341,9 +515,23 @@ func (h *Home) do(ctx context.Context, j *homeJob, rec Record, task Task) error 
 		return nil
 	case ResumeAt:
 		h.step(rec.Job, StepResume)
-		err := h.conf.Peer(rec.At.Node).Resume(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, From: rec.Thaws})
+		// First the files: from here on only At is served.
+		var err error
+		if rec.Thaws != 0 {
+			err = h.conf.Files.Reclaim(ctx, rec.Job, rec.At)
+		} else if rec.Prev != nil {
+			err = h.conf.Files.Commit(ctx, rec.Job, rec.At, rec.Pids)
+		}
+		if err != nil {
+			return fault.New(fault.Unavailable, "hand over", "the files of job "+string(rec.Job), err, "")
+		}
+		err = h.conf.Peer(rec.At.Node).Resume(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, From: rec.Thaws})
 		if err == nil {
-			_, err = h.change(j, func(r Record) (Record, error) { return r.Confirm(), nil })
+			_, err = h.change(j, func(r Record) (Record, error) {
+				r = r.Confirm()
+				r.Downtime = h.downtime(rec.Job)
+				return r, nil
+			})
 			return err
 		}
 		reason := err.Error()
@@ -365,8 +553,24 @@ func (h *Home) do(ctx context.Context, j *homeJob, rec Record, task Task) error 
 		if err != nil {
 			return err
 		}
+		if err := h.conf.Files.Settle(ctx, rec.Job); err != nil {
+			return err
+		}
 		_, err = h.change(j, func(r Record) (Record, error) { return r.Settle(), nil })
 		return err
 	}
 	return fmt.Errorf("task %q", task)
+}
+
+// downtime is how long a job stood still that runs again; 0 when an earlier
+// agent has begun the move.
+func (h *Home) downtime(job JobID) time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	since, ok := h.stopped[job]
+	delete(h.stopped, job)
+	if !ok {
+		return 0
+	}
+	return time.Since(since)
 }

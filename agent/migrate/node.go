@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,13 +23,17 @@ import (
 
 // NodeConfig is what a Node needs.
 type NodeConfig struct {
-	Self    api.NodeID
-	Dir     string // in memory: capsules, images, journal
-	Cgroup  string // group for the capsules' groups
-	CRIU    control.CRIU
-	Pages   pages.Protocol // that CRIU speaks
-	Version string         // of all that must be alike on both sides of a move
+	Self   api.NodeID
+	Dir    string // in memory: capsules, images, journal
+	Cgroup string // group for the capsules' groups
+	// CRIU is how capsules made from now on run it.
+	CRIU  func() control.CRIU
+	Pages pages.Protocol // that CRIU speaks
+	// Machine is what this one is, as far as it is known now.
+	Machine func() Machine
 	Roots   Roots
+	// Lease is how long a guest's home may be unreachable before the guest is killed; 0 is DefaultLease.
+	Lease time.Duration
 	// Dial connects to another node's Serve.
 	Dial func(ctx context.Context, node api.NodeID) (net.Conn, error)
 	// Judge reaches the homes of copies.
@@ -66,12 +72,15 @@ type copyRecord struct {
 	Source  api.NodeID `json:",omitempty"` // who may send its pages
 	End     *End       `json:",omitempty"`
 	Told    bool       `json:",omitempty"` // the home knows End
+	Held    bool       `json:",omitempty"` // frozen because the home does not answer
 }
 
 // jobCopy is one copy of a job on this node.
 type jobCopy struct {
 	turn sync.Mutex // held by who works on the copy
 	c    *capsule.Capsule
+	// heard is when the home last answered, in Unix nanoseconds.
+	heard atomic.Int64
 
 	mu     sync.Mutex // guards the following
 	rec    copyRecord
@@ -95,6 +104,7 @@ func OpenNode(conf NodeConfig) (*Node, error) {
 	}
 	for _, rec := range all {
 		cp := &jobCopy{rec: rec, c: capsule.Attach(rec.Capsule, n.capsuleDir(rec.Capsule), n.capsuleGroup(rec.Capsule))}
+		cp.heard.Store(time.Now().UnixNano())
 		n.copies[copyKey{rec.Job, rec.Epoch}] = cp
 		if rec.Phase == running {
 			go n.watch(cp)
@@ -111,11 +121,19 @@ func (n *Node) capsuleGroup(name string) string { return filepath.Join(n.conf.Cg
 
 func (n *Node) imagesDir(name string) string { return filepath.Join(n.conf.Dir, "images", name) }
 
-// find gives a copy and its turn; the caller unlocks turn.
-func (n *Node) find(job JobID, epoch uint64) *jobCopy {
+func (n *Node) copyOf(job JobID, epoch uint64) *jobCopy {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.copies[copyKey{job, epoch}]
+}
+
+// find finds the copy that an order is about: one of the home that gives it.
+func (n *Node) find(o Order) *jobCopy {
+	cp := n.copyOf(o.Job, o.Epoch)
+	if cp != nil && cp.record().Home != o.Home {
+		return nil
+	}
+	return cp
 }
 
 // note journals a copy's phase, before or after the act as the caller says.
@@ -148,12 +166,13 @@ func (n *Node) create(ctx context.Context, home api.NodeID, job JobID, epoch uin
 		return nil, err
 	}
 	c, err := capsule.Start(ctx, capsule.Config{Exe: n.conf.Exe, Config: control.Config{
-		ID: name, Dir: n.capsuleDir(name), Cgroup: n.capsuleGroup(name), Root: root, CRIU: n.conf.CRIU,
+		ID: name, Dir: n.capsuleDir(name), Cgroup: n.capsuleGroup(name), Root: root, CRIU: n.conf.CRIU(),
 	}})
 	if err != nil {
 		return nil, errors.Join(err, n.closeRoot(ctx, home, job, epoch))
 	}
 	cp := &jobCopy{c: c, rec: copyRecord{Job: job, Home: home, Epoch: epoch, Root: epoch, Capsule: name}}
+	cp.heard.Store(time.Now().UnixNano())
 	n.mu.Lock()
 	n.copies[copyKey{job, epoch}] = cp
 	n.mu.Unlock()
@@ -167,13 +186,15 @@ func (n *Node) closeRoot(ctx context.Context, home api.NodeID, job JobID, epoch 
 	return n.conf.Roots.Close(ctx, home, job, epoch)
 }
 
-// Start starts a job in its first epoch. The error wraps the errno when
-// the program cannot be run.
-func (n *Node) Start(ctx context.Context, home api.NodeID, job JobID, spec control.Spec) error {
-	if n.find(job, 1) != nil {
-		return fault.New(fault.Refused, "start", "job "+string(job), "there is one of this name", "")
+// Start implements Peer.
+func (n *Node) Start(ctx context.Context, o Order, spec control.Spec) error {
+	if n.copyOf(o.Job, o.Epoch) != nil {
+		return fault.New(fault.Refused, "start", "job "+string(o.Job), "there is one of this name", "")
 	}
-	cp, err := n.create(ctx, home, job, 1)
+	if o.Home != n.conf.Self && spec.UID == 0 {
+		return fault.New(fault.Refused, "start", "job "+string(o.Job), "root's jobs stay at home", "run it as another user")
+	}
+	cp, err := n.create(ctx, o.Home, o.Job, o.Epoch)
 	if err != nil {
 		return err
 	}
@@ -196,7 +217,7 @@ func (n *Node) Start(ctx context.Context, home api.NodeID, job JobID, spec contr
 
 // Capsule is that of a copy, for its streams and signals.
 func (n *Node) Capsule(job JobID, epoch uint64) (*capsule.Capsule, error) {
-	if cp := n.find(job, epoch); cp != nil {
+	if cp := n.copyOf(job, epoch); cp != nil {
 		return cp.c, nil
 	}
 	return nil, fault.New(fault.NotFound, "find", fmt.Sprintf("epoch %d of job %s", epoch, job), "it is not on this node", "")

@@ -14,7 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mosimg/agent/capsule"
+	"mosimg/agent/capsule/cgroup"
 	"mosimg/agent/capsule/control"
+	"mosimg/agent/capsule/shim"
 	"mosimg/agent/pages"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
@@ -28,10 +30,10 @@ func (n *Node) refuse(op string, o Order, cause any, hint string) error {
 
 // Prepare implements Peer.
 func (n *Node) Prepare(ctx context.Context, o Order) error {
-	if o.Version != n.conf.Version {
-		return n.refuse("prepare", o, fmt.Sprintf("it runs %s, the home %s", n.conf.Version, o.Version), "boot both from the same image")
+	if err := n.fits(o); err != nil {
+		return err
 	}
-	if cp := n.find(o.Job, o.Epoch); cp != nil {
+	if cp := n.find(o); cp != nil {
 		if p := cp.record().Phase; p != prepared {
 			return n.refuse("prepare", o, "it is "+string(p), "")
 		}
@@ -52,10 +54,62 @@ func (n *Node) Prepare(ctx context.Context, o Order) error {
 	return nil
 }
 
+// fits tells why a job of this size and machine cannot go on here.
+func (n *Node) fits(o Order) error {
+	self := n.conf.Machine()
+	if err := o.Machine.Fits(self); err != nil {
+		return n.refuse("prepare", o, err, "")
+	}
+	free, err := n.memory()
+	if err != nil {
+		return err
+	}
+	// What has come and what is restored of it are both in memory for a moment.
+	if need := 2*o.Bytes + memoryMargin; need > free {
+		return n.refuse("prepare", o, fmt.Sprintf("it needs %d MiB for a moment, %d MiB are free", need>>20, free>>20), "")
+	}
+	return nil
+}
+
+// memoryMargin is what a node keeps for itself.
+const memoryMargin = 16 << 20
+
+func (n *Node) memory() (int64, error) {
+	if n.conf.Memory != nil {
+		return n.conf.Memory()
+	}
+	return available()
+}
+
+// Inspect implements Peer.
+func (n *Node) Inspect(ctx context.Context, o Order) (Facts, error) {
+	cp := n.find(o)
+	if cp == nil {
+		return Facts{}, n.refuse("inspect", o, "this node knows nothing of it", "")
+	}
+	st, err := cp.c.Measure(ctx)
+	if err != nil {
+		return Facts{}, err
+	}
+	if st.State != control.Running || st.Use == nil {
+		return Facts{}, n.refuse("inspect", o, "it is "+string(st.State), "")
+	}
+	return Facts{Machine: n.conf.Machine(), Use: *st.Use}, nil
+}
+
+// bridge lets a home talk to a copy's shim.
+func (n *Node) bridge(ctx context.Context, conn net.Conn, o Order, from api.NodeID) error {
+	cp := n.find(o)
+	if cp == nil || o.Home != from {
+		return control.Send(conn, control.Answer{Error: control.FromError(fault.New(fault.NotFound, "find", fmt.Sprintf("epoch %d of job %s", o.Epoch, o.Job), "it is not on this node", ""))})
+	}
+	return cp.c.Bridge(ctx, conn)
+}
+
 // copyIn finds a copy, takes its turn, and refuses one that is in another
 // phase; the caller unlocks turn.
 func (n *Node) copyIn(op string, o Order, want phase) (*jobCopy, error) {
-	cp := n.find(o.Job, o.Epoch)
+	cp := n.find(o)
 	if cp == nil {
 		return nil, n.refuse(op, o, "this node knows nothing of it", "")
 	}
@@ -92,17 +146,20 @@ func (cp *jobCopy) interrupt() {
 }
 
 // Freeze implements Peer.
-func (n *Node) Freeze(ctx context.Context, o Order) error {
+func (n *Node) Freeze(ctx context.Context, o Order) (Pids, error) {
 	cp, err := n.copyIn("freeze", o, running)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer cp.turn.Unlock()
 	ctx, end := cp.begin(ctx)
 	defer end()
 	err = n.send(ctx, cp, o)
 	if err == nil {
-		return nil
+		var pids Pids
+		if pids, err = n.pids(cp); err == nil {
+			return pids, nil
+		}
 	}
 	tctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepTime)
 	defer cancel()
@@ -110,7 +167,44 @@ func (n *Node) Freeze(ctx context.Context, o Order) error {
 		// The home cannot commit without our word that all was sent.
 		err = errors.Join(err, n.thaw(tctx, cp, o.Epoch))
 	}
-	return err
+	return nil, err
+}
+
+// pids are the numbers of a frozen copy's processes.
+func (n *Node) pids(cp *jobCopy) (Pids, error) {
+	leaf, err := cgroup.Open(filepath.Join(n.capsuleGroup(cp.record().Capsule), shim.JobLeaf))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = leaf.Close() }()
+	procs, err := leaf.Procs()
+	if err != nil {
+		return nil, err
+	}
+	pids := make(Pids)
+	for _, pid := range procs {
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			return nil, err
+		}
+		inside, err := parseNSpid(string(data))
+		if err != nil {
+			return nil, fmt.Errorf("/proc/%d/status: %w", pid, err)
+		}
+		pids[inside] = uint32(pid)
+	}
+	return pids, nil
+}
+
+// parseNSpid finds a process's number in its innermost namespace.
+func parseNSpid(status string) (uint32, error) {
+	for line := range strings.Lines(status) {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == "NSpid:" {
+			pid, err := strconv.ParseUint(f[len(f)-1], 10, 32)
+			return uint32(pid), err
+		}
+	}
+	return 0, errors.New("no NSpid")
 }
 
 // send dumps a job to its destination: pages while CRIU reads them, the small
@@ -146,10 +240,21 @@ func (n *Node) send(ctx context.Context, cp *jobCopy, o Order) error {
 	if err := n.note(cp, func(r *copyRecord) { r.Phase = frozen }); err != nil {
 		return err
 	}
+	// Pages of home files that the job has changed may be in this node's cache only.
+	if err := n.syncRoot(ctx, cp); err != nil {
+		return err
+	}
 	if err := sendFiles(images, w); err != nil {
 		return err
 	}
 	return w.End()
+}
+
+func (n *Node) syncRoot(ctx context.Context, cp *jobCopy) error {
+	rec := cp.record()
+	ctx, cancel := context.WithTimeout(ctx, stepTime)
+	defer cancel()
+	return n.conf.Roots.Sync(ctx, rec.Home, rec.Job, rec.Root)
 }
 
 // dump runs the dump with a page socket between CRIU and us.
@@ -245,11 +350,7 @@ func (n *Node) take(ctx context.Context, conn io.ReadWriteCloser, o Order, from 
 		return err
 	}
 	defer root.Close()
-	memory := n.conf.Memory
-	if memory == nil {
-		memory = available
-	}
-	limit, err := memory()
+	limit, err := n.memory()
 	if err != nil {
 		return err
 	}
@@ -257,13 +358,13 @@ func (n *Node) take(ctx context.Context, conn io.ReadWriteCloser, o Order, from 
 }
 
 // Restore implements Peer.
-func (n *Node) Restore(ctx context.Context, o Order) error {
-	if cp := n.find(o.Job, o.Epoch); cp != nil && cp.record().Phase == restored {
-		return nil
+func (n *Node) Restore(ctx context.Context, o Order) (Pids, error) {
+	if cp := n.find(o); cp != nil && cp.record().Phase == restored {
+		return n.pids(cp)
 	}
 	cp, err := n.copyIn("restore", o, prepared)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer cp.turn.Unlock()
 	ctx, end := cp.begin(ctx)
@@ -271,22 +372,25 @@ func (n *Node) Restore(ctx context.Context, o Order) error {
 	dir := n.imagesDir(cp.record().Capsule)
 	images, err := openDir(dir)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer images.Close()
 	if err := cp.c.Restore(ctx, images); err != nil {
-		return err // the home has it discarded
+		return nil, err // the home has it discarded
 	}
 	if err := os.RemoveAll(dir); err != nil {
-		return err
+		return nil, err
 	}
-	return n.note(cp, func(r *copyRecord) { r.Phase = restored })
+	if err := n.note(cp, func(r *copyRecord) { r.Phase = restored }); err != nil {
+		return nil, err
+	}
+	return n.pids(cp)
 }
 
 // Resume implements Peer.
 func (n *Node) Resume(ctx context.Context, o Order) error {
 	if o.From != 0 {
-		if cp := n.find(o.Job, o.From); cp != nil {
+		if cp := n.find(Order{Home: o.Home, Job: o.Job, Epoch: o.From}); cp != nil {
 			cp.turn.Lock()
 			defer cp.turn.Unlock()
 			if cp.record().Epoch == o.From {
@@ -298,7 +402,7 @@ func (n *Node) Resume(ctx context.Context, o Order) error {
 			}
 		}
 	}
-	cp := n.find(o.Job, o.Epoch)
+	cp := n.find(o)
 	if cp == nil {
 		return n.refuse("resume", o, "this node knows nothing of it", "was it restarted?")
 	}
@@ -328,7 +432,7 @@ func (n *Node) Resume(ctx context.Context, o Order) error {
 
 // Thaw implements Peer.
 func (n *Node) Thaw(ctx context.Context, o Order) error {
-	cp := n.find(o.Job, o.Epoch)
+	cp := n.find(o)
 	if cp == nil {
 		return n.refuse("thaw", o, "this node knows nothing of it", "")
 	}
@@ -342,7 +446,7 @@ func (n *Node) Thaw(ctx context.Context, o Order) error {
 
 // Discard implements Peer.
 func (n *Node) Discard(ctx context.Context, o Order) error {
-	cp := n.find(o.Job, o.Epoch)
+	cp := n.find(o)
 	if cp == nil {
 		return nil
 	}

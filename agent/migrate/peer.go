@@ -3,6 +3,7 @@ package migrate
 import (
 	"context"
 
+	"mosimg/agent/capsule/control"
 	"mosimg/internal/api"
 )
 
@@ -19,22 +20,36 @@ type Order struct {
 	Source api.NodeID
 	// From is the epoch of the frozen copy that a Resume makes Epoch, when a job is taken back; else 0.
 	From uint64
-	// Version is what moves jobs at the source; a destination of another
-	// version refuses in Prepare.
-	Version string
+	// Machine is the source's, and Bytes the job's size there, for a Prepare.
+	Machine Machine
+	Bytes   int64
 	// Reason is why a move was called off.
 	Reason string
 }
 
+// Pids maps the processes of a copy from their numbers in the capsule, which are
+// the same everywhere, to those at its node.
+type Pids map[uint32]uint32
+
+// Facts are what a home wants to know of a copy before it moves it.
+type Facts struct {
+	Machine Machine
+	Use     control.Use
+}
+
 // Peer is a node as a home sees it: itself (Node) or another (Client).
 type Peer interface {
-	// Prepare makes an empty capsule for the copy.
+	// Start starts a job. The error wraps the errno when the program cannot be run.
+	Start(context.Context, Order, control.Spec) error
+	// Inspect looks at a copy that runs.
+	Inspect(context.Context, Order) (Facts, error)
+	// Prepare makes an empty capsule for the copy, or says why the job cannot be here.
 	Prepare(context.Context, Order) error
 	// Freeze dumps the copy to Order.To. After an error the job runs on, or will
 	// when the node has asked its home.
-	Freeze(context.Context, Order) error
+	Freeze(context.Context, Order) (Pids, error)
 	// Restore makes the copy out of what Freeze has sent.
-	Restore(context.Context, Order) error
+	Restore(context.Context, Order) (Pids, error)
 	// Resume lets the copy run. An error of kind fault.NotFound says that the
 	// copy is gone and for certain never ran; one of kind fault.Refused that the
 	// node knows nothing of it, having been restarted perhaps, and that it may have run.
@@ -49,6 +64,7 @@ type Peer interface {
 type Judge interface {
 	// Ended tells the end of the copy that owns the job.
 	Ended(ctx context.Context, home api.NodeID, job JobID, c Placement, end End) error
-	// Ask asks what is to become of a frozen copy.
+	// Ask asks what is to become of a copy. A home that answers has not lost
+	// touch with it, so it renews the lease of a copy that runs.
 	Ask(ctx context.Context, home api.NodeID, job JobID, c Placement) (Verdict, uint64, error)
 }

@@ -26,6 +26,7 @@ package migrate
 
 import (
 	"fmt"
+	"time"
 
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
@@ -61,6 +62,14 @@ type Record struct {
 	At Placement
 	// Running: At has said that it runs in this epoch.
 	Running bool
+	// Since is when the job came to At, Started when it began; set by Home.
+	Since   time.Time
+	Started time.Time
+	// Pids maps the processes from their numbers at Prev to those at At, for their
+	// locks; set for a move and kept until it is settled.
+	Pids map[uint32]uint32 `json:",omitempty"`
+	// Downtime is how long the job stood still in its last move.
+	Downtime time.Duration `json:",omitempty"`
 	// Next is a move that is under way and not decided.
 	Next *Placement `json:",omitempty"`
 	// Prev is a copy that is to be killed once At runs: the frozen source of the
@@ -87,9 +96,14 @@ type End struct {
 	Lost   string // or why the job is lost: its node or shim died
 }
 
-// NewRecord is a job that was started on a node.
-func NewRecord(job JobID, node api.NodeID) Record {
-	return Record{Job: job, At: Placement{node, 1}, Running: true, Last: 1}
+// NewRecord is a job that is about to be started on a node. Epoch 1 is always
+// the home's own: a job that starts elsewhere starts in epoch 2, as if it had moved.
+func NewRecord(job JobID, home, node api.NodeID) Record {
+	r := Record{Job: job, At: Placement{node, 1}, Last: 1}
+	if node != home {
+		r.At.Epoch, r.Last = 2, 2
+	}
+	return r
 }
 
 func (r Record) refuse(op, cause, hint string) error {
@@ -154,7 +168,7 @@ func (r Record) Reclaim(reason string) (Record, error) {
 
 // Settle notes that the frozen copy is gone.
 func (r Record) Settle() Record {
-	r.Prev = nil
+	r.Prev, r.Pids = nil, nil
 	return r
 }
 

@@ -22,7 +22,7 @@ func ok(t *testing.T) func(Record, error) Record {
 // The home's word about each copy, at each point of a move.
 func TestVerdict(t *testing.T) {
 	must := ok(t)
-	start := NewRecord("j", 1)
+	start := NewRecord("j", 1, 1).Confirm()
 	moving := must(start.Reserve(2))
 	committed := must(moving.Commit())
 	confirmed := committed.Confirm()
@@ -59,7 +59,7 @@ func TestVerdict(t *testing.T) {
 
 func TestTodo(t *testing.T) {
 	must := ok(t)
-	start := NewRecord("j", 1)
+	start := NewRecord("j", 1, 1).Confirm()
 	moving := must(start.Reserve(2))
 	committed := must(moving.Commit())
 	for _, tt := range []struct {
@@ -84,7 +84,7 @@ func TestTodo(t *testing.T) {
 
 func TestReserveRefuses(t *testing.T) {
 	must := ok(t)
-	start := NewRecord("j", 1)
+	start := NewRecord("j", 1, 1).Confirm()
 	moving := must(start.Reserve(2))
 	committed := must(moving.Commit())
 	for name, r := range map[string]Record{"moving": moving, "committed": committed, "not settled": committed.Confirm(), "over": start.Finish(End{})} {
@@ -275,7 +275,7 @@ func (m *model) check(t *testing.T) {
 func TestNeverTwo(t *testing.T) {
 	commits, losses := 0, 0
 	for seed := range uint64(3000) {
-		m := &model{r: rand.New(rand.NewPCG(seed, 1)), rec: NewRecord("j", 1), copies: map[Placement]*modelCopy{{1, 1}: {running, control.Running}}}
+		m := &model{r: rand.New(rand.NewPCG(seed, 1)), rec: NewRecord("j", 1, 1).Confirm(), copies: map[Placement]*modelCopy{{1, 1}: {running, control.Running}}}
 		for range 80 {
 			m.step()
 			m.check(t)

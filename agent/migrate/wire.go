@@ -11,6 +11,7 @@ import (
 	"net"
 	"time"
 
+	"mosimg/agent/capsule"
 	"mosimg/agent/capsule/control"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
@@ -23,24 +24,30 @@ import (
 //	                                        <- u32 length, JSON reply
 //
 // After a message with op "pages" the connection carries a page stream
-// instead (package pages). The end of the connection calls off the order
+// instead (package pages), after one with op "capsule" a conversation with
+// the copy's shim (capsule.Bridge). The end of the connection calls off the order
 // under way. An unknown op is refused.
 type message struct {
 	Op    op
 	Order Order
-	Copy  *Placement `json:",omitempty"` // of ops ask and ended
-	End   *End       `json:",omitempty"` // of op ended
+	Copy  *Placement    `json:",omitempty"` // of ops ask and ended
+	End   *End          `json:",omitempty"` // of op ended
+	Spec  *control.Spec `json:",omitempty"` // of op start
 }
 
 type reply struct {
 	Error   *control.Error `json:",omitempty"`
 	Verdict Verdict        `json:",omitempty"`
 	Epoch   uint64         `json:",omitempty"`
+	Pids    Pids           `json:",omitempty"`
+	Facts   *Facts         `json:",omitempty"`
 }
 
 type op string
 
 const (
+	opStart   op = "start"
+	opInspect op = "inspect"
 	opPrepare op = "prepare"
 	opFreeze  op = "freeze"
 	opRestore op = "restore"
@@ -48,12 +55,14 @@ const (
 	opThaw    op = "thaw"
 	opDiscard op = "discard"
 	opPages   op = "pages"
+	opCapsule op = "capsule"
 	opAsk     op = "ask"
 	opEnded   op = "ended"
 )
 
-// maxMessage bounds a message; they have some hundred bytes.
-const maxMessage = 64 << 10
+// maxMessage bounds a message. Most have some hundred bytes; the largest is a
+// program with its arguments and environment, of which the kernel takes 2 MiB.
+const maxMessage = 8 << 20
 
 func writeMessage(w io.Writer, v any) error {
 	body, err := json.Marshal(v)
@@ -117,11 +126,50 @@ func (c Client) order(ctx context.Context, what op, o Order) error {
 // Prepare implements Peer.
 func (c Client) Prepare(ctx context.Context, o Order) error { return c.order(ctx, opPrepare, o) }
 
+// Start implements Peer.
+func (c Client) Start(ctx context.Context, o Order, spec control.Spec) error {
+	_, err := c.call(ctx, c.Node, message{Op: opStart, Order: o, Spec: &spec})
+	return err
+}
+
+// Inspect implements Peer.
+func (c Client) Inspect(ctx context.Context, o Order) (Facts, error) {
+	r, err := c.call(ctx, c.Node, message{Op: opInspect, Order: o})
+	if err == nil && r.Facts == nil {
+		err = fault.New(fault.Unavailable, string(opInspect), "job "+string(o.Job), "an empty answer", "run the same mosimg on both nodes")
+	}
+	if err != nil {
+		return Facts{}, err
+	}
+	return *r.Facts, nil
+}
+
 // Freeze implements Peer.
-func (c Client) Freeze(ctx context.Context, o Order) error { return c.order(ctx, opFreeze, o) }
+func (c Client) Freeze(ctx context.Context, o Order) (Pids, error) {
+	r, err := c.call(ctx, c.Node, message{Op: opFreeze, Order: o})
+	return r.Pids, err
+}
 
 // Restore implements Peer.
-func (c Client) Restore(ctx context.Context, o Order) error { return c.order(ctx, opRestore, o) }
+func (c Client) Restore(ctx context.Context, o Order) (Pids, error) {
+	r, err := c.call(ctx, c.Node, message{Op: opRestore, Order: o})
+	return r.Pids, err
+}
+
+// Capsule is that of a copy on c.Node, for its streams and signals.
+func (c Client) Capsule(home api.NodeID, job JobID, epoch uint64) *capsule.Capsule {
+	return capsule.Remote(capsuleName(job, epoch), func(ctx context.Context) (net.Conn, error) {
+		conn, err := c.Dial(ctx, c.Node)
+		if err != nil {
+			return nil, fault.New(fault.Unavailable, "connect to", fmt.Sprintf("node %d", c.Node), err, "")
+		}
+		if err := writeMessage(conn, message{Op: opCapsule, Order: Order{Job: job, Home: home, Epoch: epoch}}); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		return conn, nil
+	})
+}
 
 // Resume implements Peer.
 func (c Client) Resume(ctx context.Context, o Order) error { return c.order(ctx, opResume, o) }
@@ -166,6 +214,12 @@ func (s Server) Serve(ctx context.Context, conn net.Conn, from api.NodeID) {
 		}
 		return
 	}
+	if m.Op == opCapsule {
+		if err := s.Node.bridge(ctx, conn, m.Order, from); err != nil {
+			s.Log.Debug("capsule of another node's job", "from", from, "job", m.Order.Job, "err", err)
+		}
+		return
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() { // nothing more is sent: what comes is the end
@@ -187,24 +241,36 @@ func (s Server) do(ctx context.Context, m message, from api.NodeID) reply {
 	if m.Order.Home != from {
 		return reply{Error: control.FromError(fault.New(fault.Refused, string(m.Op), "job "+string(m.Order.Job), fmt.Sprintf("node %d is not its home", from), ""))}
 	}
-	var f func(context.Context, Order) error
+	var r reply
+	var err error
 	switch m.Op {
+	case opStart:
+		if m.Spec == nil {
+			err = fault.New(fault.Usage, "start", "job "+string(m.Order.Job), "no program", "")
+			break
+		}
+		err = s.Node.Start(ctx, m.Order, *m.Spec)
+	case opInspect:
+		var f Facts
+		f, err = s.Node.Inspect(ctx, m.Order)
+		r.Facts = &f
 	case opPrepare:
-		f = s.Node.Prepare
+		err = s.Node.Prepare(ctx, m.Order)
 	case opFreeze:
-		f = s.Node.Freeze
+		r.Pids, err = s.Node.Freeze(ctx, m.Order)
 	case opRestore:
-		f = s.Node.Restore
+		r.Pids, err = s.Node.Restore(ctx, m.Order)
 	case opResume:
-		f = s.Node.Resume
+		err = s.Node.Resume(ctx, m.Order)
 	case opThaw:
-		f = s.Node.Thaw
+		err = s.Node.Thaw(ctx, m.Order)
 	case opDiscard:
-		f = s.Node.Discard
+		err = s.Node.Discard(ctx, m.Order)
 	default:
-		return reply{Error: control.FromError(fault.New(fault.Usage, "serve", string(m.Op), errors.New("unknown request"), "run the same mosimg on both nodes"))}
+		err = fault.New(fault.Usage, "serve", string(m.Op), errors.New("unknown request"), "run the same mosimg on both nodes")
 	}
-	return reply{Error: control.FromError(f(ctx, m.Order))}
+	r.Error = control.FromError(err)
+	return r
 }
 
 // tell answers a node that asks or tells about its copy.
