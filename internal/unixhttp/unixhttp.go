@@ -92,11 +92,7 @@ func DoJSON(ctx context.Context, hc *http.Client, method, url string, in, out an
 		return fault.New(fault.Unavailable, "read the reply of", url, err, "")
 	}
 	if resp.StatusCode/100 != 2 {
-		var p api.Problem
-		if json.Unmarshal(data, &p) == nil && p.Error != "" {
-			return &Remote{Kind: fault.Kind(p.Kind), Text: p.Error}
-		}
-		return fault.New(fault.Unavailable, "ask", url, "HTTP status "+resp.Status, "")
+		return problemOf(url, resp.Status, data)
 	}
 	if out == nil {
 		return nil
@@ -105,6 +101,23 @@ func DoJSON(ctx context.Context, hc *http.Client, method, url string, in, out an
 		return fault.New(fault.Unavailable, "read the reply of", url, err, "are both sides of the same version?")
 	}
 	return nil
+}
+
+// ProblemOf is the fault that a reply to another kind of request reports.
+func ProblemOf(resp *http.Response) error {
+	data, err := io.ReadAll(io.LimitReader(resp.Body, MaxBody))
+	if err != nil {
+		return err
+	}
+	return problemOf(resp.Request.URL.Path, resp.Status, data)
+}
+
+func problemOf(url, status string, body []byte) error {
+	var p api.Problem
+	if json.Unmarshal(body, &p) == nil && p.Error != "" {
+		return &Remote{Kind: fault.Kind(p.Kind), Text: p.Error}
+	}
+	return fault.New(fault.Unavailable, "ask", url, "HTTP status "+status, "")
 }
 
 // Remote is a fault that the other side reported.
