@@ -1,6 +1,6 @@
 // Package agentapi serves the agent's part of the control API: to members
-// over mutual TLS, and to every local user over a unix socket. It reads;
-// what it tells comes from a Source.
+// over mutual TLS, and to every local user over a unix socket. What it tells
+// itself comes from a Source; others add their handlers.
 package agentapi
 
 import (
@@ -23,6 +23,7 @@ import (
 	"mosimg/internal/fault"
 	"mosimg/internal/identity"
 	"mosimg/internal/unixhttp"
+	"mosimg/internal/upgrade"
 )
 
 // Limits of one connection: nobody may hold one by being slow.
@@ -56,7 +57,10 @@ func (c Caller) String() string {
 	return fmt.Sprintf("node %d", c.Node)
 }
 
-type callerKey struct{}
+type (
+	callerKey struct{}
+	connKey   struct{}
+)
 
 // CallerOf is who sent the request with this context.
 func CallerOf(ctx context.Context) Caller {
@@ -69,9 +73,13 @@ type Server struct {
 	src Source
 	log *slog.Logger
 
+	// more are the handlers that others have added.
+	more map[string]http.Handler
+
 	mu sync.Mutex // guards the following
-	// conns holds the open connections of members.
-	conns map[net.Conn]struct{}
+	// conns holds the open connections of members, those too that became streams.
+	conns   map[net.Conn]struct{}
+	revoked identity.Revocation // as CloseRevoked was last told; nil is none
 }
 
 // New makes a server; a nil log is silent.
@@ -79,13 +87,47 @@ func New(src Source, log *slog.Logger) *Server {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{src: src, log: log, conns: make(map[net.Conn]struct{})}
+	return &Server{src: src, log: log, more: make(map[string]http.Handler), conns: make(map[net.Conn]struct{})}
+}
+
+// Handle adds a handler for a pattern of http.ServeMux, before anything is
+// served. It is called for members and for local users: see CallerOf.
+func (s *Server) Handle(pattern string, h http.Handler) { s.more[pattern] = h }
+
+// Stream makes a request's connection a stream of another protocol. release
+// must be called when the stream is over. A stream of a node whose certificate
+// becomes void is closed. If it fails it has answered.
+func (s *Server) Stream(w http.ResponseWriter, r *http.Request, protocol string) (conn net.Conn, release func(), err error) {
+	conn, err = upgrade.Accept(w, r, protocol)
+	if err != nil {
+		return nil, nil, err
+	}
+	raw, ok := r.Context().Value(connKey{}).(net.Conn)
+	if !ok {
+		return conn, func() { conn.Close() }, nil
+	}
+	s.mu.Lock()
+	s.conns[raw] = struct{}{}
+	revoked := s.revoked
+	s.mu.Unlock()
+	if revoked != nil && r.TLS != nil && revoked(identity.Serial(r.TLS.PeerCertificates[0])) {
+		conn.Close() // since the request came
+	}
+	return conn, func() {
+		s.mu.Lock()
+		delete(s.conns, raw)
+		s.mu.Unlock()
+		conn.Close()
+	}, nil
 }
 
 func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+api.PathStatus, func(w http.ResponseWriter, _ *http.Request) { unixhttp.Reply(w, s.src.Status()) })
 	mux.HandleFunc("GET "+api.PathMembers, func(w http.ResponseWriter, _ *http.Request) { unixhttp.Reply(w, s.src.Members()) })
+	for pattern, h := range s.more {
+		mux.Handle(pattern, h)
+	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		unixhttp.Fail(w, fault.New(fault.NotFound, r.Method, r.URL.Path, "this agent does not know that", "is the caller of another version?"))
 	})
@@ -183,6 +225,9 @@ func peerOf(c net.Conn) (Caller, error) {
 // identity.ServerConfig and asks for a certificate.
 func (s *Server) ServeTLS(ctx context.Context, l net.Listener, cfg *tls.Config) error {
 	srv := s.httpServer()
+	srv.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		return context.WithValue(ctx, connKey{}, c)
+	}
 	srv.ConnState = func(c net.Conn, st http.ConnState) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -200,6 +245,7 @@ func (s *Server) ServeTLS(ctx context.Context, l net.Listener, cfg *tls.Config) 
 // void: the handshake's check came too early for them.
 func (s *Server) CloseRevoked(revoked identity.Revocation) {
 	s.mu.Lock()
+	s.revoked = revoked
 	conns := make([]net.Conn, 0, len(s.conns))
 	for c := range s.conns {
 		conns = append(conns, c)
