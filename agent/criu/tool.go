@@ -24,6 +24,8 @@ const Bundle = "/usr/lib/mosimg/criu"
 type Tool struct {
 	Argv []string // program and first arguments
 	Env  []string // beside PATH; e.g. CRIU_FAULT
+	// Bundle is the folder that all of Argv is below; "" for an installed CRIU.
+	Bundle string
 }
 
 // Find looks for CRIU in a bundle: a tree of unpacked packages, whose own
@@ -52,7 +54,7 @@ func Find(dir string) (Tool, error) {
 		}
 	}
 	if ld == "" { // a static criu
-		return Tool{Argv: []string{program}}, nil
+		return Tool{Argv: []string{program}, Bundle: dir}, nil
 	}
 	var libs []string
 	for _, pattern := range []string{"usr/lib/*-linux-gnu*", "lib/*-linux-gnu*", "usr/lib64", "lib64", "usr/lib", "lib"} {

@@ -24,6 +24,7 @@ import (
 	"mosimg/agent/capsule/cgroup"
 	"mosimg/agent/capsule/control"
 	"mosimg/agent/migrate"
+	"mosimg/agent/pages"
 	"mosimg/internal/api"
 )
 
@@ -122,6 +123,7 @@ func agentMain(args []string) int {
 	node, err = migrate.OpenNode(migrate.NodeConfig{
 		Self: conf.ID, Dir: conf.Dir, Cgroup: conf.Cgroup, Log: log,
 		CRIU:    func() control.CRIU { return conf.CRIU },
+		Pages:   func() pages.Protocol { return pages.Protocol41 },
 		Machine: func() migrate.Machine { return migrate.Machine{Version: "test"} },
 		Roots:   oneRoot{conf.Root}, Dial: dial,
 		Judge: judge{conf.ID, home, client},

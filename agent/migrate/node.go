@@ -27,8 +27,9 @@ type NodeConfig struct {
 	Dir    string // in memory: capsules, images, journal
 	Cgroup string // group for the capsules' groups
 	// CRIU is how capsules made from now on run it.
-	CRIU  func() control.CRIU
-	Pages pages.Protocol // that CRIU speaks
+	CRIU func() control.CRIU
+	// Pages is the page-server protocol that it speaks.
+	Pages func() pages.Protocol
 	// Machine is what this one is, as far as it is known now.
 	Machine func() Machine
 	Roots   Roots

@@ -266,7 +266,7 @@ func (n *Node) dump(ctx context.Context, cp *jobCopy, images *os.File, w *pages.
 	defer ours.Close()
 	served := make(chan error, 1)
 	go func() {
-		err := pages.Serve(ours, n.conf.Pages, w)
+		err := pages.Serve(ours, n.conf.Pages(), w)
 		if err != nil {
 			ours.Close() // CRIU sees that its pages are not wanted, and fails
 		}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
+	"strings"
 )
 
 // CRIU's page-server protocol (criu/page-xfer.c), little-endian. CRIU sends
@@ -42,6 +44,18 @@ const (
 	// Protocol42 is spoken by CRIU from 4.2 on.
 	Protocol42
 )
+
+// ProtocolOf is what a version of CRIU speaks, such as "4.1.1".
+func ProtocolOf(version string) Protocol {
+	major, rest, _ := strings.Cut(version, ".")
+	minor, _, _ := strings.Cut(rest, ".")
+	a, err1 := strconv.Atoi(major)
+	b, err2 := strconv.Atoi(minor)
+	if err1 == nil && err2 == nil && (a > 4 || a == 4 && b >= 2) {
+		return Protocol42
+	}
+	return Protocol41
+}
 
 type command struct {
 	what  uint32
