@@ -86,6 +86,7 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 		newLabCmd,
 		newCRIUCmd,
 		newBenchCmd,
+		newTickerCmd,
 	} {
 		root.AddCommand(verb(env))
 	}
