@@ -141,6 +141,13 @@ func (i *input) take(offset uint64) error {
 	return nil
 }
 
+// known is how much of stdin is known to be with the job.
+func (i *input) known() uint64 {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.taken
+}
+
 // attach begins anew with an agent that has all bytes before offset.
 func (i *input) attach(offset uint64) error {
 	if err := i.take(offset); err != nil {

@@ -217,7 +217,7 @@ func (s *Session) attach(ctx context.Context, end **wire.End, away *awayNote) (h
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 
-	hello := wire.Hello{Stdout: s.stdout.attach(), Stderr: s.stderr.attach()}
+	hello := wire.Hello{Stdout: s.stdout.attach(), Stderr: s.stderr.attach(), Stdin: s.in.known()}
 	if err := wire.WriteJSON(conn, wire.KindHello, hello); err != nil {
 		return false, err
 	}

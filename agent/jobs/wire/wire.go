@@ -74,6 +74,9 @@ type Hello struct {
 	// Stdout and Stderr are how many bytes of each were written out.
 	Stdout uint64 `json:"stdout"`
 	Stderr uint64 `json:"stderr"`
+	// Stdin is how many bytes of stdin are known to be with the job: what comes
+	// before is not asked for, even if the job's node cannot be reached.
+	Stdin uint64 `json:"stdin"`
 }
 
 // Signal is sent to the job's program, or to its process group as a terminal
