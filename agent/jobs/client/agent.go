@@ -123,6 +123,22 @@ func (a Agent) Move(ctx context.Context, job, to string) (api.JobStatus, error) 
 	return s, a.http().Post(ctx, path, api.JobMove{To: to}, &s)
 }
 
+// Moved says in words how a move ended that the agent has answered: an error
+// if it was called off after all.
+func Moved(s api.JobStatus) (string, error) {
+	if s.Reason != "" {
+		return "", fault.New(fault.Refused, "move job", s.ID, s.Reason, "the job runs on where it was")
+	}
+	where := fmt.Sprintf("moved to node %d", s.Node)
+	if s.Node == s.Home {
+		where = "moved home"
+	}
+	if s.Downtime > 0 {
+		where += fmt.Sprintf(", stood still %d ms", s.Downtime.Milliseconds())
+	}
+	return "job " + s.ID + " " + where, nil
+}
+
 // Kill ends a job, wherever it is.
 func (a Agent) Kill(ctx context.Context, job string) error {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
