@@ -118,8 +118,7 @@ func TestMosrunIsAsTheProgramItself(t *testing.T) {
 }
 
 func TestMosrunStatuses(t *testing.T) {
-	agent := clienttest.New(t)
-	agent.Refuse = func(s api.JobStart) error {
+	refuse := func(s api.JobStart) error {
 		switch s.Node {
 		case "7":
 			return fault.New(fault.Unavailable, "place", "node 7", "it does not answer", "")
@@ -131,6 +130,7 @@ func TestMosrunStatuses(t *testing.T) {
 		}
 		return nil
 	}
+	agent := clienttest.New(t, func(a *clienttest.Agent) { a.Refuse = refuse })
 	for _, tc := range []struct {
 		text, want, stderr string
 	}{
@@ -199,10 +199,11 @@ func TestMosrunTellsWhatItInherits(t *testing.T) {
 
 // Bytes through a mosrun process whose agent fails are all there, once.
 func TestMosrunSurvivesItsAgent(t *testing.T) {
-	agent := clienttest.New(t)
 	cut := 0
-	agent.Cut = func() int { cut += 300_001; return cut }
-	agent.LoseAnswers = 1
+	agent := clienttest.New(t, func(a *clienttest.Agent) {
+		a.Cut = func() int { cut += 300_001; return cut }
+		a.LoseAnswers = 1
+	})
 	data := bytes.Repeat([]byte("0123456789abcdef\n"), 10<<20/17)
 	cmd := mosrunCmd(t, agent, "cat")
 	cmd.Stdin = bytes.NewReader(data)
@@ -212,6 +213,9 @@ func TestMosrunSurvivesItsAgent(t *testing.T) {
 	cmd.Stderr = &errs
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
+	}
+	for len(agent.Jobs()) == 0 {
+		time.Sleep(10 * time.Millisecond)
 	}
 	for range 3 {
 		time.Sleep(100 * time.Millisecond)

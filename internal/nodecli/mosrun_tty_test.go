@@ -95,6 +95,7 @@ func TestMosrunAtATerminal(t *testing.T) {
 	s.expect("'\r\n") // bash shows the command
 	s.enter("hello\n")
 	s.expect("got hello\r\n")
+	s.expect("ready> ") // what is typed ahead is the job's
 	s.enter("echo status $?\n")
 	s.expect("status 5\r\n")
 	if _, conts := job.Stops(); conts < 1 {

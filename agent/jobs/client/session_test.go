@@ -118,11 +118,12 @@ func TestNoByteIsLostOrDoubled(t *testing.T) {
 		{size: 200_000, cut: 90_000}, // a message of 64 KiB seldom gets through
 		{size: 10 << 20, cut: 2_000_000, restarts: 5},
 	} {
-		agent := clienttest.New(t)
 		cuts := rand.New(rand.NewPCG(uint64(seed), 1))
-		if tc.cut > 0 {
-			agent.Cut = func() int { return 1 + cuts.IntN(tc.cut) }
-		}
+		agent := clienttest.New(t, func(a *clienttest.Agent) {
+			if tc.cut > 0 {
+				a.Cut = func() int { return 1 + cuts.IntN(tc.cut) }
+			}
+		})
 		pieces := rand.New(rand.NewPCG(uint64(seed), 2))
 		data := make([]byte, tc.size)
 		rand.NewChaCha8([32]byte{byte(seed)}).Read(data)
@@ -353,8 +354,7 @@ func TestLost(t *testing.T) {
 
 // An answer that is lost must not start the program twice.
 func TestStartIsAskedAgain(t *testing.T) {
-	agent := clienttest.New(t)
-	agent.LoseAnswers = 3
+	agent := clienttest.New(t, func(a *clienttest.Agent) { a.LoseAnswers = 3 })
 	r := start(t, agent, "true")
 	discard(r.stdout)
 	discard(r.stderr)

@@ -22,7 +22,7 @@ import (
 	"mosimg/internal/upgrade"
 )
 
-// Agent is the agent. Its exported fields are set before it is used.
+// Agent is the agent. Its exported fields are set by the functions given to New.
 type Agent struct {
 	Socket string
 	// Cut, if set, says after how many bytes the next attached connection
@@ -44,13 +44,16 @@ type Agent struct {
 	list []*Job
 }
 
-// New makes an agent that listens in a folder of the test's.
-func New(t testing.TB) *Agent {
+// New makes an agent, sets it up and makes it listen in a folder of the test's.
+func New(t testing.TB, setup ...func(*Agent)) *Agent {
 	t.Helper()
 	a := &Agent{t: t, Socket: filepath.Join(t.TempDir(), "agent.sock"), jobs: map[string]*Job{}, mux: http.NewServeMux()}
 	a.mux.HandleFunc("POST "+api.PathJobs, a.start)
 	a.mux.HandleFunc("GET "+api.PathJobs+"/{id}/attach", a.attach)
 	a.mux.HandleFunc("GET "+api.PathMembers, func(w http.ResponseWriter, _ *http.Request) { unixhttp.Reply(w, a.Members) })
+	for _, set := range setup {
+		set(a)
+	}
 	a.Up()
 	t.Cleanup(func() {
 		a.Down()
