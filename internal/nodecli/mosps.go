@@ -41,7 +41,7 @@ ctrl-Z), moves, waits (its node does not answer), ended.`,
 			}
 			// Without the names the numbers have to do.
 			members, _ := agent.Members(c.Context())
-			look := table.Jobs{Names: names(members), Now: time.Now(), Why: why, Users: os.Geteuid() == 0}
+			look := table.Jobs{Names: table.Names(members), Now: time.Now(), Why: why, Users: os.Geteuid() == 0}
 			if out, ok := terminal(env.Stdout); ok {
 				look.Width, _ = size(out)
 			}
@@ -60,13 +60,4 @@ ctrl-Z), moves, waits (its node does not answer), ended.`,
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	f.StringVar(&socket, "socket", api.AgentSocket, "the agent's unix socket")
 	return cmd
-}
-
-// names are those of the machines.
-func names(t api.MemberTable) map[api.NodeID]string {
-	out := make(map[api.NodeID]string, len(t.Members))
-	for _, m := range t.Members {
-		out[m.Node] = m.Name
-	}
-	return out
 }

@@ -37,6 +37,9 @@ func TestVerbByName(t *testing.T) {
 		{[]string{"/usr/bin/mosagent"}, 1, "init"},
 		{[]string{"/usr/bin/mosmon", "--once"}, 5, "mosmon --once"},
 		{[]string{"mosagent", "mosmon", "--once"}, 5, "mosmon --once"},
+		{[]string{"/usr/bin/mosrun", "-3", "init"}, 5, "mosrun -3 init"},
+		{[]string{"mosps"}, 5, "mosps"},
+		{[]string{"./migrate", "1-7", "home"}, 5, "migrate 1-7 home"},
 		{[]string{"/sbin/poweroff"}, 5, "poweroff"},
 		{[]string{"/usr/bin/mosagent-amd64", "agent"}, 5, "agent"},
 		{nil, 5, ""},
@@ -75,7 +78,7 @@ func TestRefusals(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"mosagent", "--help"}, {"mosmon", "--help"}, {"mosagent"}} {
+	for _, args := range [][]string{{"mosagent", "--help"}, {"mosmon", "--help"}, {"mosagent"}, {"mosrun", "--help"}, {"mosagent", "mosrun", "--help"}, {"mosps", "--help"}, {"migrate", "-h"}} {
 		status, out, errs := run(t, args...)
 		if status != 0 || !strings.Contains(out, "Usage:") || errs != "" {
 			t.Errorf("%q: status %d, %q, %q", args, status, out, errs)

@@ -26,6 +26,15 @@ type Jobs struct {
 	Width int
 }
 
+// Names are those of the machines of a cluster.
+func Names(t api.MemberTable) map[api.NodeID]string {
+	out := make(map[api.NodeID]string, len(t.Members))
+	for _, m := range t.Members {
+		out[m.Node] = m.Name
+	}
+	return out
+}
+
 // whyCommand is how much of a command is shown beside the reason why a job does
 // not move.
 const whyCommand = 40
@@ -56,7 +65,7 @@ func (o Jobs) Text(jobs []api.JobStatus) string {
 		row := []string{Printable(j.ID), strconv.Itoa(j.PID)}
 		if o.Users {
 			if _, ok := users[j.UID]; !ok {
-				users[j.UID] = userName(j.UID)
+				users[j.UID] = User(j.UID)
 			}
 			row = append(row, users[j.UID])
 		}
@@ -131,8 +140,8 @@ func Why(j api.JobStatus) string {
 	return strings.Join(why, "; ")
 }
 
-// userName is a user's name, or the number of one without.
-func userName(uid int) string {
+// User is a user's name, or the number of one without.
+func User(uid int) string {
 	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
 		return Printable(u.Username)
 	}
