@@ -94,10 +94,10 @@ func (o Jobs) Text(jobs []api.JobStatus) string {
 // Where names the node that a job is on: home, unless it is a guest, then by
 // name or number.
 func (o Jobs) Where(j api.JobStatus) string {
-	switch {
-	case j.Node == j.Home:
+	switch j.Node {
+	case j.Home:
 		return "home"
-	case j.Node == 0:
+	case 0:
 		return "-"
 	}
 	return o.Node(j.Node)

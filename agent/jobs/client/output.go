@@ -88,10 +88,10 @@ func (o *output) run() {
 func (o *output) write(data []byte) {
 	for len(data) > 0 {
 		n, err := unix.Write(o.fd, data[:min(len(data), wire.MaxData)])
-		switch {
-		case err == unix.EINTR:
+		switch err {
+		case unix.EINTR:
 			continue
-		case err == unix.EAGAIN:
+		case unix.EAGAIN:
 			// Somebody who shares the descriptor made it non-blocking.
 			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(o.fd), Events: unix.POLLOUT}}, -1)
 			continue

@@ -63,7 +63,7 @@ const (
 // and keeps, to send them again.
 const StdinWindow = 256 << 10
 
-// Closed, as the offset of an ack, says that whoever read mosrun's stdout or
+// Closed as the offset of an ack says that whoever read mosrun's stdout or
 // stderr is gone. The agent lets go of its end of the job's pipe, so that the
 // job's next write fails there as it would here: with SIGPIPE or, if the program
 // ignores that, EPIPE. The stream's end follows. It is said anew at each attach.

@@ -80,7 +80,7 @@ func (a *Agent) Up() {
 		panic("clienttest: Up of an agent that is up")
 	}
 	a.srv = srv
-	go srv.Serve(l)
+	go func() { _ = srv.Serve(l) }() // until Down
 }
 
 // Down ends the agent as a kill would: its socket stays, its connections

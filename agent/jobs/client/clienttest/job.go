@@ -32,7 +32,6 @@ type Job struct {
 	cond     sync.Cond
 	out      [2]stream
 	taken    uint64
-	inputEnd bool
 	end      *wire.End
 	conn     net.Conn // the one that is served
 	attached int
@@ -180,8 +179,13 @@ func (j *Job) detach() {
 		j.conn.Close()
 		j.conn = nil
 	}
-	j.stdin.SetWriteDeadline(time.Now())
+	j.interruptStdin(time.Now())
 	j.cond.Broadcast()
+}
+
+// interruptStdin ends a write to stdin at a time; the zero one is never.
+func (j *Job) interruptStdin(at time.Time) {
+	_ = j.stdin.SetWriteDeadline(at) // it may be closed: then nobody writes
 }
 
 // serve speaks with a mosrun.
@@ -198,7 +202,7 @@ func (j *Job) serve(conn net.Conn) {
 	}
 	j.detach()
 	j.stdinMu.Lock() // the writer of the connection before is gone
-	j.stdin.SetWriteDeadline(time.Time{})
+	j.interruptStdin(time.Time{})
 	j.stdinMu.Unlock()
 	j.mu.Lock()
 	j.conn = conn
@@ -238,7 +242,7 @@ func (j *Job) serve(conn net.Conn) {
 	j.mu.Lock()
 	if j.conn == conn {
 		j.conn = nil
-		j.stdin.SetWriteDeadline(time.Now())
+		j.interruptStdin(time.Now())
 	}
 	j.cond.Broadcast()
 	j.mu.Unlock()
