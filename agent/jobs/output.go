@@ -23,11 +23,14 @@ type output struct {
 	kind wire.Kind
 	verb control.Verb
 
-	mu     sync.Mutex      // guards the following
-	sent   uint64          // all bytes before it were sent; grows in drain only
-	acked  uint64          // mosrun has written all bytes before it
+	mu   sync.Mutex // guards the following
+	sent uint64     // all bytes before it were sent, or are about to be; changed by drain only
+	// acked: mosrun has written all bytes before it. It may be more than was sent: what
+	// came by a connection before this one.
+	acked  uint64
 	closed bool            // nobody reads mosrun's end any more
 	from   *capsule.Output // open now; nil if none is
+	told   uint64          // how much of acked the shim there was told
 }
 
 // drain carries a stream to its end, from wherever the job is. An error is of
@@ -83,13 +86,18 @@ func (s *session) pump(o *output, p *place) (ended bool, err error) {
 	for {
 		n, err := from.Read(buf)
 		if n > 0 {
-			if err := wire.WriteData(s.conn, o.kind, o.sent, buf[:n]); err != nil {
+			at := o.sent
+			o.mu.Lock()
+			o.sent += uint64(n)
+			err := o.tell()
+			o.mu.Unlock()
+			if err := wire.WriteData(s.conn, o.kind, at, buf[:n]); err != nil {
 				s.cancel()
 				return false, err
 			}
-			o.mu.Lock()
-			o.sent += uint64(n)
-			o.mu.Unlock()
+			if err != nil {
+				return false, err
+			}
 		}
 		if errors.Is(err, io.EOF) {
 			// The frozen copy that a move leaves behind ends its streams too, when it
@@ -107,15 +115,26 @@ func (s *session) pump(o *output, p *place) (ended bool, err error) {
 func (o *output) open(from *capsule.Output) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.from = from
-	var err error
-	if from != nil && o.acked > 0 {
-		err = from.Acknowledge(o.acked)
+	o.from, o.told = from, 0
+	return o.tell()
+}
+
+// tell tells the shim what it may forget, but nothing that it has yet to send; mu is held.
+func (o *output) tell() error {
+	if o.from == nil {
+		return nil
 	}
-	if from != nil && o.closed {
-		err = errors.Join(err, from.Acknowledge(control.Closed))
+	if at := min(o.acked, o.sent); at > o.told {
+		if err := o.from.Acknowledge(at); err != nil {
+			return err
+		}
+		o.told = at
 	}
-	return err
+	if o.closed && o.told != control.Closed {
+		o.told = control.Closed
+		return o.from.Acknowledge(control.Closed)
+	}
+	return nil
 }
 
 // acknowledge notes how much of a stream mosrun has written out.
@@ -126,20 +145,11 @@ func (s *session) acknowledge(stream wire.Kind, at uint64) error {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	switch {
-	case at == wire.Closed && o.closed:
-		return nil
-	case at == wire.Closed:
+	if at == wire.Closed {
 		o.closed = true
-	case at > o.sent:
-		return fmt.Errorf("acknowledgement of %d bytes; %d were sent", at, o.sent)
-	case at <= o.acked:
-		return nil
-	default:
-		o.acked = at
+	} else {
+		o.acked = max(o.acked, at)
 	}
-	if o.from != nil {
-		_ = o.from.Acknowledge(at) // a stream that is broken is opened again
-	}
+	_ = o.tell() // a stream that is broken is opened again
 	return nil
 }

@@ -77,8 +77,8 @@ func (j *job) steer(ctx context.Context) {
 		}
 		err = j.deliver(ctx, o)
 		switch {
-		case o.verb == control.Kill && err == nil:
-			// It may have hit a frozen copy just before the job went on elsewhere: again, until the job has ended.
+		case o.verb == control.Kill:
+			// Done when the job has ended. It may have hit a frozen copy just before the job went on elsewhere.
 		case err == nil || final(err):
 			j.done(o, err)
 			wait.reset()

@@ -1,0 +1,1 @@
+package jobs_test
