@@ -22,7 +22,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	capsuletest.Main(m, map[string]func([]string) int{"mosrun": mosrunMain, "sum": sumMain})
+	capsuletest.Main(m, map[string]func([]string) int{"mosrun": mosrunMain, "ask": askMain})
 }
 
 // home is an agent, as far as jobs of its own go: node 1 of a fleet. It can be
@@ -56,11 +56,25 @@ func members() []api.Member {
 
 func newHome(t *testing.T, f *fleet) *home {
 	t.Helper()
-	h := &home{t: t, f: f, dir: t.TempDir(), peer: func(id api.NodeID) migrate.Peer { return node{f, id} }}
+	h := &home{t: t, f: f, dir: openDir(t), peer: func(id api.NodeID) migrate.Peer { return node{f, id} }}
 	h.socket = filepath.Join(h.dir, "agent.sock")
 	h.start()
 	t.Cleanup(h.stop)
 	return h
+}
+
+// openDir is a folder that other users can reach.
+func openDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "mosimg-jobs-")
+	if err == nil {
+		err = os.Chmod(dir, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
 }
 
 func (h *home) start() {
