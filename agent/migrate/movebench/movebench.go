@@ -38,8 +38,8 @@ const (
 	pauseMin = 10 * time.Millisecond
 )
 
-// Ticker is the process that is moved. It writes "ready", and then a line with
-// the length in microseconds of each pause, until it is killed.
+// Ticker is the process that is moved. It writes "ready", and then a line for
+// each pause, until it is killed: begin and end, in Unix microseconds.
 func Ticker(size string) error {
 	n, err := strconv.ParseInt(size, 10, 64)
 	if err != nil || n < 1 {
@@ -54,7 +54,7 @@ func Ticker(size string) error {
 		time.Sleep(tick)
 		now := time.Now()
 		if pause := now.Sub(last); pause > pauseMin {
-			fmt.Println(pause.Microseconds())
+			fmt.Println(last.UnixMicro(), now.UnixMicro())
 		}
 		last = now
 		memory[int(now.UnixNano())%len(memory)]++ // it stays in use
@@ -219,7 +219,8 @@ func (b *Bench) ByHand(ctx context.Context, size int64) (r Result, err error) {
 	if text, err := dump.CombinedOutput(); err != nil {
 		return r, fmt.Errorf("criu dump: %w: %s", err, text)
 	}
-	_ = cmd.Wait() // killed by the dump
+	_ = cmd.Wait()       // killed by the dump
+	within := time.Now() // the process is gone, and not there yet
 	if err := tarOver(src, dst); err != nil {
 		return r, err
 	}
@@ -229,7 +230,7 @@ func (b *Bench) ByHand(ctx context.Context, size int64) (r Result, err error) {
 	}
 	r.Total = time.Since(began)
 	err = await(ctx, func() (ok bool, err error) {
-		r.Downtime, ok, err = longest(out.Name())
+		r.Downtime, ok, err = pauseAt(out.Name(), within)
 		return ok, err
 	})
 	return r, err
@@ -263,28 +264,28 @@ func hasLine(name, want string) (bool, error) {
 	return strings.Contains(string(data), want+"\n"), err
 }
 
-// longest is the longest pause that a ticker has told.
-func longest(name string) (time.Duration, bool, error) {
+// pauseAt is the pause that a ticker has told of in which a moment lies.
+func pauseAt(name string, within time.Time) (time.Duration, bool, error) {
 	data, err := os.ReadFile(name)
 	if err != nil {
 		return 0, false, err
 	}
-	d, ok := pauses(string(data))
+	d, ok := findPause(string(data), within.UnixMicro())
 	return d, ok, nil
 }
 
-// pauses reads what Ticker writes. A pause of its start is not one of a move:
-// what comes before "ready" does not count, and short ones are the scheduler's.
-func pauses(text string) (most time.Duration, ok bool) {
-	_, text, _ = strings.Cut(text, "ready\n")
+// findPause reads what Ticker writes; the last line may be cut.
+func findPause(text string, within int64) (time.Duration, bool) {
 	for line := range strings.Lines(text) {
-		us, err := strconv.ParseInt(strings.TrimSuffix(line, "\n"), 10, 64)
-		if err != nil || !strings.HasSuffix(line, "\n") {
+		f := strings.Fields(line)
+		if len(f) != 2 || !strings.HasSuffix(line, "\n") {
 			continue
 		}
-		if d := time.Duration(us) * time.Microsecond; d > most {
-			most = d
+		begin, err1 := strconv.ParseInt(f[0], 10, 64)
+		end, err2 := strconv.ParseInt(f[1], 10, 64)
+		if err1 == nil && err2 == nil && begin <= within && within <= end {
+			return time.Duration(end-begin) * time.Microsecond, true
 		}
 	}
-	return most, most > 2*pauseMin
+	return 0, false
 }

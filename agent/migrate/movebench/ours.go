@@ -32,6 +32,7 @@ type cluster struct {
 	cert    map[api.NodeID]*x509.Certificate
 	node    map[api.NodeID]*migrate.Node
 	home    *migrate.Home
+	decided time.Time // when the home decided for the move: both copies stand still
 	closers []func()
 }
 
@@ -83,7 +84,11 @@ func (b *Bench) newCluster(ctx context.Context) (*cluster, error) {
 	if err != nil {
 		return c, err
 	}
-	c.home, err = migrate.NewHome(migrate.HomeConfig{Self: 1, Journal: journal, Peer: func(id api.NodeID) migrate.Peer {
+	c.home, err = migrate.NewHome(migrate.HomeConfig{Self: 1, Journal: journal, Trace: func(_ migrate.JobID, s migrate.Step) {
+		if s == migrate.StepCommit {
+			c.decided = time.Now()
+		}
+	}, Peer: func(id api.NodeID) migrate.Peer {
 		if id == 1 {
 			return c.node[1]
 		}
@@ -194,12 +199,12 @@ func (b *Bench) Ours(ctx context.Context, size int64) (r Result, err error) {
 	if err := c.follow(ctx, job, 2, out, ""); err != nil {
 		return r, err
 	}
-	r.Downtime, _, err = longest(out)
+	r.Downtime, _, err = pauseAt(out, c.decided)
 	return r, err
 }
 
 // follow appends the job's output to a file until a line has come, or, with no
-// line given, the pause of a move.
+// line given, the pause of the move.
 func (c *cluster) follow(ctx context.Context, job migrate.JobID, at api.NodeID, name, line string) error {
 	cp, err := c.node[at].Capsule(job, uint64(at)) // epoch 1 is at node 1, 2 at node 2
 	if err != nil {
@@ -233,7 +238,7 @@ func (c *cluster) follow(ctx context.Context, job migrate.JobID, at api.NodeID, 
 		if line != "" {
 			done, err = hasLine(name, line)
 		} else {
-			_, done, err = longest(name)
+			_, done, err = pauseAt(name, c.decided)
 		}
 		if done || err != nil {
 			return err
