@@ -22,7 +22,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	capsuletest.Main(m, map[string]func([]string) int{"mosrun": mosrunMain, "ask": askMain})
+	capsuletest.Main(m, map[string]func([]string) int{"mosrun": mosrunMain, "ask": askMain, "count": countMain})
 }
 
 // home is an agent, as far as jobs of its own go: node 1 of a fleet. It can be
@@ -43,6 +43,8 @@ type source struct{}
 
 func (source) Status() api.AgentStatus  { return api.AgentStatus{} }
 func (source) Members() api.MemberTable { return api.MemberTable{} }
+
+var silent = slog.New(slog.DiscardHandler)
 
 func members() []api.Member {
 	return []api.Member{
