@@ -70,8 +70,9 @@ func (j *job) attach(ctx context.Context, conn net.Conn) error {
 	}
 	s.in = newInput(hello.Stdin, j.infoNow().NoStdin)
 	s.out = map[wire.Kind]*output{
-		wire.KindStdout: {kind: wire.KindStdout, verb: control.Stdout, sent: hello.Stdout},
-		wire.KindStderr: {kind: wire.KindStderr, verb: control.Stderr, sent: hello.Stderr},
+		// What it has written out it does not acknowledge again, and the shim may not have heard.
+		wire.KindStdout: {kind: wire.KindStdout, verb: control.Stdout, sent: hello.Stdout, acked: hello.Stdout},
+		wire.KindStderr: {kind: wire.KindStderr, verb: control.Stderr, sent: hello.Stderr, acked: hello.Stderr},
 	}
 	var old *session
 	j.change(func() { old, j.session = j.session, s })

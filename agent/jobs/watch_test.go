@@ -75,7 +75,7 @@ func TestSilentNode(t *testing.T) {
 		go j.watch(ctx)
 		defer synctest.Wait()
 		defer cancel()
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute + watchEvery/2) // between two looks
 		before, err := j.awaitPlace(ctx)
 		if err != nil || heard() != "" {
 			t.Fatalf("place %v, %v; or a note without need", before, err)
@@ -104,7 +104,7 @@ func TestSilentNode(t *testing.T) {
 		}
 
 		down.Store(true)
-		time.Sleep(migrate.DefaultLease + lostMargin - watchEvery)
+		time.Sleep(migrate.DefaultLease + lostMargin - 2*watchEvery)
 		if rec, err := home.Job(id); err != nil || rec.End != nil {
 			t.Errorf("given up too early: %+v, %v", rec.End, err)
 		}
