@@ -43,8 +43,10 @@ check: $(LINT) ## Format, lint and unit tests (under 3 minutes)
 test: ## Every test: unit, network namespaces, virtual machines
 	scripts/bootstrap apt ca-certificates git $(TEST_PACKAGES)
 	$(WITH_GO) go vet ./...
-	$(WITH_GO) go test $(AS_ROOT) -timeout 15m ./...
 	$(WITH_GO) go run ./cmd/mosimg build -o $(OUT)
+	rm -rf $(OUT)-criu
+	$(WITH_GO) go run ./cmd/mosimg criu --images $(OUT) -o $(OUT)-criu
+	$(WITH_GO) MOSIMG_CRIU="$(abspath $(OUT))-criu" MOSIMG_HOMEFILES=1 go test $(AS_ROOT) -timeout 20m ./...
 	$(WITH_GO) MOSIMG_E2E=1 go test -count=1 -timeout 15m -run RealImage ./image
 	$(WITH_GO) MOSIMG_VM=1 MOSIMG_IMAGES="$(abspath $(OUT))" go test -count=1 -timeout 40m -v ./qemu-tests/scenario
 
@@ -63,7 +65,7 @@ soak: ## Long fuzzing of every parser (FUZZTIME=1m each); not in CI
 
 .PHONY: clean
 clean: ## Remove what the targets above made here
-	rm -rf bin $(OUT)
+	rm -rf bin $(OUT) $(OUT)-criu
 
 $(LINT):
 	$(WITH_GO) tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \

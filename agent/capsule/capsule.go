@@ -343,11 +343,11 @@ func (c *Capsule) Finish(ctx context.Context, commit bool) error {
 	return err
 }
 
-// Restore brings a dumped job into an empty capsule and returns with it there
+// Restore brings a dumped job, of this owner, into an empty capsule and returns with it there
 // and frozen; Resume then lets it run. After an error nothing of it is left
 // and the capsule is of no more use.
-func (c *Capsule) Restore(ctx context.Context, images *os.File) error {
-	_, err := c.call(ctx, control.Request{Verb: control.Restore}, images)
+func (c *Capsule) Restore(ctx context.Context, images *os.File, owner control.Owner) error {
+	_, err := c.call(ctx, control.Request{Verb: control.Restore, Owner: &owner}, images)
 	return err
 }
 

@@ -372,7 +372,7 @@ func TestContentsMove(t *testing.T) {
 		t.Fatalf("%v\n%s", err, log)
 	}
 	to := w.Capsule(w.View())
-	if err := to.Restore(ctx, images); err != nil {
+	if err := to.Restore(ctx, images, w.Program("x").Owner()); err != nil {
 		log, _ := os.ReadFile(filepath.Join(images.Name(), "restore.log"))
 		t.Fatalf("%v\n%s", err, log)
 	}

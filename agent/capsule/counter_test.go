@@ -168,7 +168,7 @@ func TestTenMoves(t *testing.T) {
 		output = append(output, k.Stop()...)
 		to := w.Capsule(views[(i+1)%len(views)])
 		made := time.Now()
-		if err := to.Restore(ctx, images); err != nil {
+		if err := to.Restore(ctx, images, w.Program("x").Owner()); err != nil {
 			log, _ := os.ReadFile(filepath.Join(images.Name(), "restore.log"))
 			t.Fatalf("move %d: %v\n%s", i, err, log)
 		}

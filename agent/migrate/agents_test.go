@@ -121,7 +121,7 @@ func agentMain(args []string) int {
 	}
 	client := migrate.Client{Dial: dial}
 	node, err = migrate.OpenNode(migrate.NodeConfig{
-		Self: conf.ID, Dir: conf.Dir, Cgroup: conf.Cgroup, Log: log,
+		Self: conf.ID, Dir: conf.Dir, Cgroup: conf.Cgroup, Log: log, RootJobs: true,
 		CRIU:    func() control.CRIU { return conf.CRIU },
 		Pages:   func() pages.Protocol { return pages.Protocol41 },
 		Machine: func() migrate.Machine { return migrate.Machine{Version: "test"} },

@@ -94,6 +94,7 @@ func (h *Home) Start(ctx context.Context, job JobID, node api.NodeID, spec contr
 	j := &homeJob{rec: NewRecord(job, h.conf.Self, node)}
 	j.rec.Started = time.Now()
 	j.rec.Since = j.rec.Started
+	j.rec.Owner = spec.Owner()
 	// Nobody else may work on the job before it is known whether there is one.
 	j.turn.Lock()
 	defer j.turn.Unlock()
@@ -392,7 +393,7 @@ func (h *Home) unlocked(ctx context.Context, rec Record, to api.NodeID) error {
 // when the job stands still at the most.
 func (h *Home) carry(ctx context.Context, rec Record, facts Facts) (pids map[uint32]uint32, stopped time.Time, err error) {
 	src, dst := h.conf.Peer(rec.At.Node), h.conf.Peer(rec.Next.Node)
-	atDst := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Next.Epoch, Source: rec.At.Node, Machine: facts.Machine, Bytes: facts.Use.Bytes}
+	atDst := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Next.Epoch, Source: rec.At.Node, Owner: rec.Owner, Machine: facts.Machine, Bytes: facts.Use.Bytes}
 	atSrc := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, To: *rec.Next}
 	var before, after Pids
 	for _, s := range []struct {

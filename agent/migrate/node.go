@@ -33,6 +33,8 @@ type NodeConfig struct {
 	// Machine is what this one is, as far as it is known now.
 	Machine func() Machine
 	Roots   Roots
+	// RootJobs lets in root's jobs of other homes.
+	RootJobs bool
 	// Lease is how long a guest's home may be unreachable before the guest is killed; 0 is DefaultLease.
 	Lease time.Duration
 	// Dial connects to another node's Serve.
@@ -69,11 +71,12 @@ type copyRecord struct {
 	Epoch   uint64
 	Root    uint64 // epoch in which its root was opened
 	Phase   phase
-	Capsule string     // its name; that of the epoch in which it was made
-	Source  api.NodeID `json:",omitempty"` // who may send its pages
-	End     *End       `json:",omitempty"`
-	Told    bool       `json:",omitempty"` // the home knows End
-	Held    bool       `json:",omitempty"` // frozen because the home does not answer
+	Capsule string        // its name; that of the epoch in which it was made
+	Source  api.NodeID    `json:",omitempty"` // who may send its pages
+	End     *End          `json:",omitempty"`
+	Told    bool          `json:",omitempty"` // the home knows End
+	Owner   control.Owner // of a job that comes
+	Held    bool          `json:",omitempty"` // frozen because the home does not answer
 }
 
 // jobCopy is one copy of a job on this node.
@@ -180,6 +183,14 @@ func (n *Node) create(ctx context.Context, home api.NodeID, job JobID, epoch uin
 	return cp, nil
 }
 
+// welcome refuses jobs that may not be here.
+func (n *Node) welcome(op string, o Order, owner control.Owner) error {
+	if owner.UID == 0 && o.Home != n.conf.Self && !n.conf.RootJobs {
+		return fault.New(fault.Refused, op, "job "+string(o.Job), "root's jobs stay at home", "run it as another user")
+	}
+	return nil
+}
+
 // closeRoot closes a root also when the caller has hung up.
 func (n *Node) closeRoot(ctx context.Context, home api.NodeID, job JobID, epoch uint64) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepTime)
@@ -192,8 +203,8 @@ func (n *Node) Start(ctx context.Context, o Order, spec control.Spec) error {
 	if n.copyOf(o.Job, o.Epoch) != nil {
 		return fault.New(fault.Refused, "start", "job "+string(o.Job), "there is one of this name", "")
 	}
-	if o.Home != n.conf.Self && spec.UID == 0 {
-		return fault.New(fault.Refused, "start", "job "+string(o.Job), "root's jobs stay at home", "run it as another user")
+	if err := n.welcome("start", o, spec.Owner()); err != nil {
+		return err
 	}
 	cp, err := n.create(ctx, o.Home, o.Job, o.Epoch)
 	if err != nil {

@@ -30,7 +30,7 @@ func (n *Node) refuse(op string, o Order, cause any, hint string) error {
 
 // Prepare implements Peer.
 func (n *Node) Prepare(ctx context.Context, o Order) error {
-	if err := n.fits(o); err != nil {
+	if err := errors.Join(n.welcome("prepare", o, o.Owner), n.fits(o)); err != nil {
 		return err
 	}
 	if cp := n.find(o); cp != nil {
@@ -46,7 +46,7 @@ func (n *Node) Prepare(ctx context.Context, o Order) error {
 	cp.turn.Lock()
 	defer cp.turn.Unlock()
 	if err = os.MkdirAll(n.imagesDir(cp.rec.Capsule), 0o700); err == nil {
-		err = n.note(cp, func(r *copyRecord) { r.Phase, r.Source = prepared, o.Source })
+		err = n.note(cp, func(r *copyRecord) { r.Phase, r.Source, r.Owner = prepared, o.Source, o.Owner })
 	}
 	if err != nil {
 		return errors.Join(err, n.remove(ctx, cp))
@@ -375,7 +375,7 @@ func (n *Node) Restore(ctx context.Context, o Order) (Pids, error) {
 		return nil, err
 	}
 	defer images.Close()
-	if err := cp.c.Restore(ctx, images); err != nil {
+	if err := cp.c.Restore(ctx, images, cp.record().Owner); err != nil {
 		return nil, err // the home has it discarded
 	}
 	if err := os.RemoveAll(dir); err != nil {

@@ -20,6 +20,8 @@ type Order struct {
 	Source api.NodeID
 	// From is the epoch of the frozen copy that a Resume makes Epoch, when a job is taken back; else 0.
 	From uint64
+	// Owner is whom a job that comes runs as, for a Prepare.
+	Owner control.Owner
 	// Machine is the source's, and Bytes the job's size there, for a Prepare.
 	Machine Machine
 	Bytes   int64

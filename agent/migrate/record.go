@@ -28,6 +28,7 @@ import (
 	"fmt"
 	"time"
 
+	"mosimg/agent/capsule/control"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
 )
@@ -58,6 +59,8 @@ type Placement struct {
 // journalled before anybody acts on it.
 type Record struct {
 	Job JobID
+	// Owner is whom it runs as.
+	Owner control.Owner
 	// At owns the job.
 	At Placement
 	// Running: At has said that it runs in this epoch.

@@ -275,4 +275,7 @@ type LocalTicket struct {
 type Problem struct {
 	Kind  int    `json:"kind"` // fault.Kind
 	Error string `json:"error"`
+	// Errno is the error number of the system call that failed, if one did: of
+	// the exec of a job's program, from which mosrun takes its status.
+	Errno int `json:"errno,omitempty"`
 }

@@ -84,6 +84,7 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 		newHeadCmd,
 		newNodeCmd,
 		newLabCmd,
+		newCRIUCmd,
 		newBenchCmd,
 	} {
 		root.AddCommand(verb(env))

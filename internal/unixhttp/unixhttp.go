@@ -115,15 +115,16 @@ func ProblemOf(resp *http.Response) error {
 func problemOf(url, status string, body []byte) error {
 	var p api.Problem
 	if json.Unmarshal(body, &p) == nil && p.Error != "" {
-		return &Remote{Kind: fault.Kind(p.Kind), Text: p.Error}
+		return &Remote{Kind: fault.Kind(p.Kind), Text: p.Error, Errno: syscall.Errno(p.Errno)}
 	}
 	return fault.New(fault.Unavailable, "ask", url, "HTTP status "+status, "")
 }
 
 // Remote is a fault that the other side reported.
 type Remote struct {
-	Kind fault.Kind
-	Text string
+	Kind  fault.Kind
+	Text  string
+	Errno syscall.Errno // of the system call that failed there; 0 if none
 }
 
 func (r *Remote) Error() string { return r.Text }
@@ -145,7 +146,9 @@ func Reply(w http.ResponseWriter, v any) {
 // Fail writes err as a Problem.
 func Fail(w http.ResponseWriter, err error) {
 	k := fault.KindOf(err)
-	writeJSON(w, k.HTTPStatus(), api.Problem{Kind: int(k), Error: err.Error()})
+	var errno syscall.Errno
+	errors.As(err, &errno) // stays 0 otherwise
+	writeJSON(w, k.HTTPStatus(), api.Problem{Kind: int(k), Error: err.Error(), Errno: int(errno)})
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {

@@ -160,22 +160,3 @@ func TestSecretsRefusesOtherDatabases(t *testing.T) {
 		t.Error("Secrets of an empty database succeeded: a search for nothing finds nothing")
 	}
 }
-
-func FuzzZstdFrame(f *testing.F) {
-	f.Add(zst([]byte("hello")))
-	f.Add(slices.Concat(zst(noise(200000)), []byte("rest")))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		if n := zstdFrame(b); n < 0 || n > len(b) {
-			t.Errorf("zstdFrame = %d of %d", n, len(b))
-		}
-	})
-}
-
-func TestZstdFrameEndsWhereTheFrameDoes(t *testing.T) {
-	for _, n := range []int{0, 1, 1000, 300_000} {
-		frame := zst(noise(n))
-		if got := zstdFrame(append(slices.Clone(frame), "tail"...)); got != len(frame) {
-			t.Errorf("zstdFrame of %d bytes = %d; want %d", n, got, len(frame))
-		}
-	}
-}

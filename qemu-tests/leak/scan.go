@@ -14,6 +14,7 @@ import (
 	"github.com/therootcompany/xz"
 
 	"mosimg/internal/imageset"
+	"mosimg/internal/zstdframe"
 )
 
 // Finding is a secret and the file that holds it.
@@ -110,7 +111,7 @@ func (s *scanner) scan(data []byte, depth int) error {
 			break
 		}
 		at += i
-		n := zstdFrame(data[at:])
+		n := zstdframe.Length(data[at:])
 		if n == 0 {
 			at++ // the magic number as data
 			continue
@@ -143,45 +144,6 @@ func (s *scanner) scan(data []byte, depth int) error {
 		}
 	}
 	return nil
-}
-
-// zstdFrame is the length of the zstd frame at the beginning of b, or 0 when
-// there is no whole one (RFC 8878 section 3.1.1).
-func zstdFrame(b []byte) int {
-	var h zstd.Header
-	if h.Decode(b) != nil || h.Skippable {
-		return 0
-	}
-	at := h.HeaderSize
-	for {
-		if at+3 > len(b) {
-			return 0
-		}
-		block := uint32(b[at]) | uint32(b[at+1])<<8 | uint32(b[at+2])<<16
-		last, kind, size := block&1 == 1, block>>1&3, int(block>>3)
-		at += 3
-		switch kind {
-		case 1: // one byte, repeated
-			at++
-		case 3: // reserved
-			return 0
-		default:
-			at += size
-		}
-		if at > len(b) {
-			return 0
-		}
-		if last {
-			break
-		}
-	}
-	if h.HasCheckSum {
-		at += 4
-	}
-	if at > len(b) {
-		return 0
-	}
-	return at
 }
 
 func unpackZstd(frame []byte) ([]byte, error) {

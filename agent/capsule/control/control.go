@@ -73,6 +73,15 @@ type Spec struct {
 	Limits  []Limit
 }
 
+// Owner is whose rights a job has, and no others.
+type Owner struct {
+	UID, GID uint32
+	Groups   []uint32 `json:",omitempty"` // beside GID
+}
+
+// Owner is whom the program runs as.
+func (s Spec) Owner() Owner { return Owner{UID: s.UID, GID: s.GID, Groups: s.Groups} }
+
 // Limit is a resource limit; Resource is a number of setrlimit(2).
 type Limit struct {
 	Resource int
@@ -104,6 +113,7 @@ const (
 type Request struct {
 	Verb   Verb
 	Spec   *Spec  `json:",omitempty"`
+	Owner  *Owner `json:",omitempty"` // of a job to restore
 	Commit bool   `json:",omitempty"`
 	Signal int    `json:",omitempty"`
 	Group  bool   `json:",omitempty"`

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 
+	"mosimg/agent/capsule/control"
 	"mosimg/agent/capsule/leader"
 	"mosimg/internal/fault"
 )
@@ -65,7 +66,7 @@ func (s *shim) saveImage(dir *os.File, im image) error {
 	return nil
 }
 
-func (s *shim) loadImage(dir *os.File) (im image, err error) {
+func (s *shim) loadImage(dir *os.File, owner control.Owner) (im image, err error) {
 	root, err := openRoot(dir)
 	if err != nil {
 		return im, err
@@ -80,6 +81,9 @@ func (s *shim) loadImage(dir *os.File) (im image, err error) {
 	}
 	if im.Format != imageFormat {
 		return im, fault.New(fault.Refused, "restore", "job", fmt.Sprintf("its image has format %d, this node knows %d", im.Format, imageFormat), "run the same mosimg on both nodes")
+	}
+	if err := checkCreds(root, owner); err != nil {
+		return im, err
 	}
 	s.leaderImage = im.LeaderImage
 	if err := putLeader(im.LeaderImage); err != nil {

@@ -20,7 +20,7 @@ import (
 // restore brings a dumped job into this capsule and returns with all of it
 // there and frozen, having run no instruction. After an error, or the end
 // of ctx, nothing of it is left.
-func (s *shim) restore(ctx context.Context, images *os.File) (err error) {
+func (s *shim) restore(ctx context.Context, images *os.File, owner control.Owner) (err error) {
 	if err := s.change("restore", control.Restoring, control.Empty); err != nil {
 		return err
 	}
@@ -30,7 +30,7 @@ func (s *shim) restore(ctx context.Context, images *os.File) (err error) {
 			err = fault.New(fault.Refused, "restore", "job in capsule "+s.conf.ID, err, "")
 		}
 	}()
-	im, err := s.loadImage(images)
+	im, err := s.loadImage(images, owner)
 	if err != nil {
 		return err
 	}

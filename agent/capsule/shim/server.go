@@ -126,12 +126,12 @@ func (s *shim) do(c *net.UnixConn, req control.Request, files []*os.File) error 
 	case control.Finish:
 		return s.finish(req.Commit)
 	case control.Restore:
-		if len(files) != 1 {
-			return fault.New(fault.Usage, "restore", "capsule "+s.conf.ID, "needs the images folder", "")
+		if len(files) != 1 || req.Owner == nil {
+			return fault.New(fault.Usage, "restore", "capsule "+s.conf.ID, "needs the images folder and the owner", "")
 		}
 		release := cancelOnHangup(c, cancel)
 		defer release()
-		return s.restore(ctx, files[0])
+		return s.restore(ctx, files[0], *req.Owner)
 	case control.Resume:
 		return s.resume()
 	case control.Stop, control.Cont:

@@ -11,6 +11,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"mosimg/agent/capsule/control"
 )
 
 // streamState is what travels of a job's stdio.
@@ -280,7 +282,8 @@ func (o *outStream) serve(c net.Conn, from uint64) error {
 	}
 }
 
-// acknowledge forgets what the other side says it has.
+// acknowledge forgets what the other side says it has, and closes our end if
+// it says that nobody reads any more.
 func (o *outStream) acknowledge(c net.Conn) {
 	var b [8]byte
 	for {
@@ -289,6 +292,13 @@ func (o *outStream) acknowledge(c net.Conn) {
 		}
 		offset := binary.BigEndian.Uint64(b[:])
 		o.mu.Lock()
+		if offset == control.Closed && o.user == c {
+			o.state.EOF = true // also wherever the job moves to
+			o.mu.Unlock()
+			o.pipe.Close() // waits for run, which takes mu
+			o.changed.wake()
+			continue
+		}
 		if have := o.state.Base + uint64(len(o.state.Data)); offset > o.state.Base && offset <= have && o.user == c {
 			o.state.Data = append([]byte(nil), o.state.Data[offset-o.state.Base:]...)
 			o.state.Base = offset

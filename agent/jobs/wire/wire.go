@@ -9,7 +9,7 @@
 //	mosrun -> agent
 //	  hello   JSON Hello: the first message
 //	  stdin   u64 offset of the first byte, bytes; without bytes it is the end of stdin
-//	  ack     u8 stream, u64: all bytes before this offset were written out
+//	  ack     u8 stream, u64: all bytes before this offset were written out; Closed: nobody reads it any more
 //	  signal  JSON Signal
 //	  stop    freeze the job (mosrun got SIGTSTP); answered by stopped
 //	  cont    let it run on
@@ -30,6 +30,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 )
 
 // Kind is what a message says.
@@ -61,6 +62,12 @@ const (
 // StdinWindow is how many bytes of stdin mosrun sends beyond what was taken,
 // and keeps, to send them again.
 const StdinWindow = 256 << 10
+
+// Closed, as the offset of an ack, says that whoever read mosrun's stdout or
+// stderr is gone. The agent lets go of its end of the job's pipe, so that the
+// job's next write fails there as it would here: with SIGPIPE or, if the program
+// ignores that, EPIPE. The stream's end follows. It is said anew at each attach.
+const Closed = math.MaxUint64
 
 // Hello opens a stream.
 type Hello struct {
@@ -167,6 +174,14 @@ func (m Message) Ack() (stream Kind, offset uint64, err error) {
 		return 0, 0, m.short()
 	}
 	return Kind(m.Body[0]), binary.BigEndian.Uint64(m.Body[1:]), nil
+}
+
+// Offset is what WriteOffset wrote.
+func (m Message) Offset() (uint64, error) {
+	if len(m.Body) != 8 {
+		return 0, m.short()
+	}
+	return binary.BigEndian.Uint64(m.Body), nil
 }
 
 // JSON decodes a body.
