@@ -46,6 +46,8 @@ type Caller struct {
 	// kernel says of the process that connected.
 	Local         bool
 	UID, GID, PID int
+	// Groups are its supplementary groups.
+	Groups []uint32
 	// Node is the member that called over TLS.
 	Node api.NodeID
 }
@@ -212,13 +214,16 @@ func peerOf(c net.Conn) (Caller, error) {
 		return Caller{}, err
 	}
 	var cred *unix.Ucred
+	var groups []uint32
 	cerr := raw.Control(func(fd uintptr) {
-		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		if cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			groups, err = peerGroups(fd)
+		}
 	})
 	if err = errors.Join(cerr, err); err != nil {
 		return Caller{}, err
 	}
-	return Caller{Local: true, UID: int(cred.Uid), GID: int(cred.Gid), PID: int(cred.Pid)}, nil
+	return Caller{Local: true, UID: int(cred.Uid), GID: int(cred.Gid), PID: int(cred.Pid), Groups: groups}, nil
 }
 
 // ServeTLS serves members until ctx ends. The configuration comes from

@@ -194,6 +194,15 @@ func TestStdin(t *testing.T) {
 		}
 		in.Close()
 	}
+	// What one agent has ended the next must not begin again.
+	in, err := c.Input(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	if !in.Over || in.Offset != uint64(len(data)) {
+		t.Errorf("stdin opened after its end: at %d, over %t; want %d and over", in.Offset, in.Over, len(data))
+	}
 	out, err := o.Wait()
 	if !errors.Is(err, io.EOF) {
 		t.Errorf("stdout ended with %v", err)

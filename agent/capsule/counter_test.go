@@ -17,8 +17,11 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"mosimg/agent/capsule/capsuletest"
 	"mosimg/agent/capsule/control"
+	"mosimg/internal/fault"
 )
 
 // counter is a job with all that a move has to carry: threads, a pipe with
@@ -165,6 +168,10 @@ func TestTenMoves(t *testing.T) {
 			t.Fatalf("move %d: %v\n%s", i, err, log)
 		}
 		dumped := time.Now()
+		// It would not be in the images.
+		if err := c.Signal(ctx, unix.SIGUSR1, false); fault.KindOf(err) != fault.Refused {
+			t.Errorf("a signal to a job that is being moved: %v; want it refused, to be sent again", err)
+		}
 		output = append(output, k.Stop()...)
 		to := w.Capsule(views[(i+1)%len(views)])
 		made := time.Now()

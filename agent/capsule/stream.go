@@ -32,17 +32,17 @@ func (c *Capsule) Output(ctx context.Context, verb control.Verb, from uint64) (*
 	return &Output{conn: conn}, nil
 }
 
-func (c *Capsule) openStream(ctx context.Context, req control.Request) (net.Conn, uint64, error) {
+func (c *Capsule) openStream(ctx context.Context, req control.Request) (net.Conn, control.Answer, error) {
 	conn, err := c.dial(ctx)
 	if err != nil {
-		return nil, 0, err
+		return nil, control.Answer{}, err
 	}
 	a, err := c.exchange(ctx, conn, req)
 	if err != nil {
 		conn.Close()
-		return nil, 0, err
+		return nil, a, err
 	}
-	return conn, a.Offset, nil
+	return conn, a, nil
 }
 
 // Read reads the stream. io.EOF is its true end; a shim that went away, or a
@@ -89,15 +89,18 @@ type Input struct {
 	// Offset is the number of bytes that the job's pipe had taken when the
 	// stream was opened: what follows is wanted.
 	Offset uint64
+	// Over says that the end of the stream was taken. It is how to know that after
+	// CloseWrite: a connection that breaks looks as one that is done.
+	Over bool
 }
 
 // Input opens the job's stdin. It takes the stream away from a writer before.
 func (c *Capsule) Input(ctx context.Context) (*Input, error) {
-	conn, offset, err := c.openStream(ctx, control.Request{Verb: control.Stdin})
+	conn, a, err := c.openStream(ctx, control.Request{Verb: control.Stdin})
 	if err != nil {
 		return nil, err
 	}
-	return &Input{conn: conn, Offset: offset}, nil
+	return &Input{conn: conn, Offset: a.Offset, Over: a.Over}, nil
 }
 
 // Write sends bytes. That they were sent does not mean that the job's pipe has taken

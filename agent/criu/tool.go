@@ -61,7 +61,7 @@ func Find(dir string) (Tool, error) {
 		found, _ := filepath.Glob(filepath.Join(dir, pattern))
 		libs = append(libs, found...)
 	}
-	return Tool{Argv: []string{ld, "--library-path", strings.Join(libs, ":"), program}}, nil
+	return Tool{Argv: []string{ld, "--library-path", strings.Join(libs, ":"), program}, Bundle: dir}, nil
 }
 
 func first(dir string, names ...string) string {

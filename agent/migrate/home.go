@@ -203,17 +203,22 @@ func (h *Home) change(j *homeJob, f func(Record) (Record, error)) (Record, error
 	return next, nil
 }
 
-// Lost ends a job whose node is gone for good.
+// Lost ends a job whose node is gone for good; one that has ended there has
+// lost what was not read of its output.
 func (h *Home) Lost(job JobID, reason string) error {
 	j, err := h.job(job)
 	if err != nil {
 		return err
 	}
 	_, err = h.change(j, func(r Record) (Record, error) {
+		end := End{Lost: reason}
 		if r.End != nil {
+			end.Exit, end.Signal = r.End.Exit, r.End.Signal
+		}
+		if r.End != nil && r.End.Lost != "" {
 			return r, nil
 		}
-		return r.Finish(End{Lost: reason}), nil
+		return r.Finish(end), nil
 	})
 	return err
 }

@@ -83,9 +83,11 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 		newBuildCmd,
 		newHeadCmd,
 		newNodeCmd,
+		newJobCmd,
 		newLabCmd,
 		newCRIUCmd,
 		newBenchCmd,
+		newTickerCmd,
 	} {
 		root.AddCommand(verb(env))
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"mosimg/internal/api"
+	"mosimg/internal/table"
 )
 
 // minBar is the shortest load bar worth showing.
@@ -30,42 +31,13 @@ func memberTable(t api.MemberTable, width int) string {
 	for _, m := range t.Members {
 		rows = append(rows, memberRow(m))
 	}
-	widths := make([]int, len(rows[0]))
-	total := 0
-	for c := range widths {
-		for _, r := range rows {
-			widths[c] = max(widths[c], len([]rune(r[c])))
-		}
-		total += widths[c] + 2
-	}
-	total -= 2
 	// The bar takes what is left of the line.
-	bar := min(width-total-1, 20)
-	if bar < minBar {
-		bar = 0
-	}
-	var b strings.Builder
-	for i, r := range rows {
-		var line strings.Builder
-		for c, cell := range r {
-			if c > 0 {
-				line.WriteString("  ")
-			}
-			pad := strings.Repeat(" ", widths[c]-len([]rune(cell)))
-			left := c == 1 || c == 2
-			switch {
-			case left:
-				line.WriteString(cell + pad)
-			default:
-				line.WriteString(pad + cell)
-			}
-			if c == loadCol && bar > 0 {
-				line.WriteString(" " + loadBar(i, t.Members, top, bar))
-			}
+	if bar := min(width-table.Width(rows)-1, 20); bar >= minBar {
+		for i := range rows {
+			rows[i][loadCol] += " " + loadBar(i, t.Members, top, bar)
 		}
-		b.WriteString(strings.TrimRight(line.String(), " ") + "\n")
 	}
-	return b.String()
+	return table.Align(rows, 1, 2)
 }
 
 func memberRow(m api.Member) []string {
@@ -78,10 +50,10 @@ func memberRow(m api.Member) []string {
 	if v := m.Load; v != nil && (m.Liveness == api.Alive || m.Liveness == api.Suspect) {
 		row[3] = fmt.Sprintf("%.2f", v.Load)
 		row[4] = fmt.Sprintf("%.0f%%", 100*v.Utilisation)
-		row[5] = bytesOf(v.MemTotal-v.MemFree) + "/" + bytesOf(v.MemTotal)
+		row[5] = table.Bytes(v.MemTotal-v.MemFree) + "/" + table.Bytes(v.MemTotal)
 		row[6] = fmt.Sprint(v.CPUs)
 		row[7] = fmt.Sprint(v.Guests)
-		row[8] = age(time.Duration(m.AgeMillis) * time.Millisecond)
+		row[8] = table.Age(time.Duration(m.AgeMillis) * time.Millisecond)
 	}
 	return row
 }
@@ -100,27 +72,6 @@ func loadBar(i int, members []api.Member, top float64, length int) string {
 	full := int(math.Round(float64(length) * perCPU(m.Load) / top))
 	full = min(max(full, 0), length)
 	return strings.Repeat("#", full) + strings.Repeat(".", length-full)
-}
-
-// bytesOf is a size in three digits or so.
-func bytesOf(n int64) string {
-	switch g := float64(n) / (1 << 30); {
-	case g >= 9.95:
-		return fmt.Sprintf("%.0fG", g)
-	case g >= 1:
-		return fmt.Sprintf("%.1fG", g)
-	}
-	return fmt.Sprintf("%dM", n>>20)
-}
-
-func age(d time.Duration) string {
-	switch {
-	case d < 10*time.Second:
-		return fmt.Sprintf("%.1fs", d.Seconds())
-	case d < 2*time.Minute:
-		return fmt.Sprintf("%.0fs", d.Seconds())
-	}
-	return fmt.Sprintf("%.0fm", d.Minutes())
 }
 
 // paint is text as a full repaint of a screen, cut to its size.

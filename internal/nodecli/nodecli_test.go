@@ -37,6 +37,9 @@ func TestVerbByName(t *testing.T) {
 		{[]string{"/usr/bin/mosagent"}, 1, "init"},
 		{[]string{"/usr/bin/mosmon", "--once"}, 5, "mosmon --once"},
 		{[]string{"mosagent", "mosmon", "--once"}, 5, "mosmon --once"},
+		{[]string{"/usr/bin/mosrun", "-3", "init"}, 5, "mosrun -3 init"},
+		{[]string{"mosps"}, 5, "mosps"},
+		{[]string{"./migrate", "1-7", "home"}, 5, "migrate 1-7 home"},
 		{[]string{"/sbin/poweroff"}, 5, "poweroff"},
 		{[]string{"/usr/bin/mosagent-amd64", "agent"}, 5, "agent"},
 		{nil, 5, ""},
@@ -75,7 +78,7 @@ func TestRefusals(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"mosagent", "--help"}, {"mosmon", "--help"}, {"mosagent"}} {
+	for _, args := range [][]string{{"mosagent", "--help"}, {"mosmon", "--help"}, {"mosagent"}, {"mosrun", "--help"}, {"mosagent", "mosrun", "--help"}, {"mosps", "--help"}, {"migrate", "-h"}} {
 		status, out, errs := run(t, args...)
 		if status != 0 || !strings.Contains(out, "Usage:") || errs != "" {
 			t.Errorf("%q: status %d, %q, %q", args, status, out, errs)
@@ -87,7 +90,7 @@ func load(l, u float64, cpus int) *api.LoadVector {
 	return &api.LoadVector{Load: l, Utilisation: u, CPUs: cpus, MemTotal: 4 << 30, MemFree: 1 << 30}
 }
 
-var table = api.MemberTable{Cluster: "c", Self: 1, Members: []api.Member{
+var members = api.MemberTable{Cluster: "c", Self: 1, Members: []api.Member{
 	{Node: 1, Name: "head", Self: true, Liveness: api.Alive, Load: load(0, 0.03, 4), AgeMillis: 400},
 	{Node: 2, Name: "node2", Liveness: api.Alive, Load: load(8, 1, 4), AgeMillis: 1200},
 	{Node: 3, Name: "node3", Liveness: api.Dead, Load: load(3, 1, 1), AgeMillis: 99000},
@@ -102,15 +105,15 @@ NODE  NAME    STATE    LOAD                     UTIL        MEM  CPUS  GUESTS   
    3  node3   dead        -                        -          -     -       -     -
   11  küche   suspect     -                        -          -     -       -     -
 `, "\n")
-	if d := cmp.Diff(want, memberTable(table, 83)); d != "" {
+	if d := cmp.Diff(want, memberTable(members, 83)); d != "" {
 		t.Errorf("(-want +got):\n%s", d)
 	}
-	narrow := memberTable(table, 60)
+	narrow := memberTable(members, 60)
 	if strings.Contains(narrow, "#") {
 		t.Errorf("a bar in 60 columns:\n%s", narrow)
 	}
 	for width := 66; width < 200; width++ {
-		for line := range strings.Lines(memberTable(table, width)) {
+		for line := range strings.Lines(memberTable(members, width)) {
 			if n := utf8.RuneCountInString(strings.TrimRight(line, "\n")); n > width {
 				t.Fatalf("width %d: a line of %d:\n%s", width, n, line)
 			}
@@ -131,19 +134,6 @@ func TestPaintFitsTheScreen(t *testing.T) {
 	}
 }
 
-func TestSizesAndAges(t *testing.T) {
-	for n, want := range map[int64]string{0: "0M", 464 << 20: "464M", 1 << 30: "1.0G", 10 << 30: "10G", 4 << 40: "4096G"} {
-		if got := bytesOf(n); got != want {
-			t.Errorf("bytesOf(%d) = %s; want %s", n, got, want)
-		}
-	}
-	for d, want := range map[time.Duration]string{0: "0.0s", 9900 * time.Millisecond: "9.9s", time.Minute: "60s", time.Hour: "60m"} {
-		if got := age(d); got != want {
-			t.Errorf("age(%v) = %s; want %s", d, got, want)
-		}
-	}
-}
-
 // agentSocket is an agent that knows the table above.
 func agentSocket(t *testing.T) string {
 	t.Helper()
@@ -153,7 +143,7 @@ func agentSocket(t *testing.T) string {
 		t.Fatal(err)
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET "+api.PathMembers, func(w http.ResponseWriter, _ *http.Request) { unixhttp.Reply(w, table) })
+	mux.HandleFunc("GET "+api.PathMembers, func(w http.ResponseWriter, _ *http.Request) { unixhttp.Reply(w, members) })
 	srv := &http.Server{Handler: mux}
 	mux.HandleFunc("GET "+api.PathStatus, func(w http.ResponseWriter, _ *http.Request) {
 		unixhttp.Reply(w, api.AgentStatus{State: api.StatePending, Fingerprint: "aaaa-bbbb", Address: "10.77.0.9"})
@@ -174,7 +164,7 @@ func TestMosmon(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &got); status != 0 || err != nil {
 		t.Fatalf("--json: %d, %v", status, err)
 	}
-	if d := cmp.Diff(table, got); d != "" {
+	if d := cmp.Diff(members, got); d != "" {
 		t.Errorf("--json (-want +got):\n%s", d)
 	}
 }

@@ -6,6 +6,7 @@ package nodecli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -35,7 +36,12 @@ func OS() *Env {
 }
 
 // tools are the verbs that are also programs of their own, by argv[0].
-var tools = map[string]bool{"init": true, "mosmon": true, "halt": true, "poweroff": true, "reboot": true}
+var tools = map[string]bool{
+	"init": true, "mosrun": true, "mosps": true, "migrate": true, "mosmon": true, "halt": true, "poweroff": true, "reboot": true,
+}
+
+// ownSignals are the verbs that look after signals by themselves.
+var ownSignals = map[string]bool{"init": true, "mosrun": true}
 
 // verbOf is what a process was asked to do: the arguments for the command
 // tree, and the name to show in messages.
@@ -55,11 +61,10 @@ func verbOf(args []string, pid int) (name string, verb []string) {
 }
 
 // Main runs the command and returns its exit status. INT and TERM cancel the
-// context once; a second one ends the process at once. init looks after
-// signals by itself.
+// context once; a second one ends the process at once.
 func Main(ctx context.Context, env *Env) int {
 	name, args := verbOf(env.Args, env.Pid)
-	if name != "init" {
+	if len(args) == 0 || !ownSignals[args[0]] {
 		var stop context.CancelFunc
 		ctx, stop = signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 		defer stop()
@@ -73,6 +78,10 @@ func Main(ctx context.Context, env *Env) int {
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return 0
+	}
+	var status exitStatus
+	if errors.As(err, &status) {
+		return int(status)
 	}
 	fmt.Fprintf(env.Stderr, "%s: %v\n", name, err)
 	return fault.ExitStatus(err)
@@ -97,12 +106,17 @@ Called by a tool's name, it is that tool.`,
 	})
 	for _, verb := range []func(*Env) *cobra.Command{
 		newAgentCmd,
+		newMosrunCmd,
+		newMospsCmd,
+		newMigrateCmd,
 		newMosmonCmd,
 		newStatusCmd,
 		newProbeCRIUCmd,
 		newInitCmd,
 		newNetCmd,
 		newLabportCmd,
+		newKeeperCmd,
+		newMountCmd,
 		newPowerCmd("reboot", "Leave the cluster and restart this machine"),
 		newPowerCmd("poweroff", "Leave the cluster and switch this machine off"),
 		newPowerCmd("halt", "Leave the cluster and halt this machine"),

@@ -140,6 +140,8 @@ type Answer struct {
 	Error  *Error `json:",omitempty"`
 	Status Status
 	Offset uint64 `json:",omitempty"` // of stdin: the first byte wanted
+	// Over says of stdin that its end was taken too: nothing is wanted any more.
+	Over bool `json:",omitempty"`
 }
 
 // State is where a capsule is in its life.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"hash/fnv"
 	"log/slog"
 	"net"
@@ -205,10 +206,14 @@ func (s *shim) kill(ctx context.Context) error {
 
 // signal sends a signal to the program or to its process group. The group is
 // the leader's too; it has all signals blocked, but KILL and STOP cannot be.
+// While the job is being dumped it takes none: one that comes after CRIU has read
+// the process's pending signals would be lost by the move.
 func (s *shim) signal(sig syscall.Signal, group bool) error {
-	st := s.query()
-	if st.State != control.Running && st.State != control.Dumping && st.State != control.Dumped {
-		return fault.New(fault.Refused, "signal", "capsule "+s.conf.ID, "it is "+string(st.State), "")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.status
+	if st.State != control.Running {
+		return fault.New(fault.Refused, "signal", "capsule "+s.conf.ID, "it is "+string(st.State), "try again in a moment")
 	}
 	target := st.Program
 	if group && sig != unix.SIGKILL && sig != unix.SIGSTOP {
@@ -216,7 +221,7 @@ func (s *shim) signal(sig syscall.Signal, group bool) error {
 	}
 	err := unix.Kill(target, sig)
 	if err == unix.ESRCH { // the program is gone; daemons of its may be left
-		return fault.New(fault.NotFound, "signal", "program of capsule "+s.conf.ID, "it has ended", "")
+		return fault.New(fault.NotFound, "signal", "program of capsule "+s.conf.ID, fmt.Errorf("it has ended: %w", err), "")
 	}
 	return err
 }

@@ -176,7 +176,7 @@ func (s *shim) stream(c *net.UnixConn, req control.Request) error {
 	answer := control.Answer{Status: s.query()}
 	if req.Verb == control.Stdin {
 		in.take(c)
-		answer.Offset = in.accepted()
+		answer.Offset, answer.Over = in.accepted()
 	}
 	if err := control.Send(c, answer); err != nil {
 		return err

@@ -328,11 +328,12 @@ func newInStream(p *pipes, st inState) *inStream {
 	return i
 }
 
-// accepted is the offset of the first byte that is wanted.
-func (i *inStream) accepted() uint64 {
+// accepted is the offset of the first byte that is wanted, and whether the
+// stream's end was taken.
+func (i *inStream) accepted() (offset uint64, over bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	return i.state.Accepted
+	return i.state.Accepted, i.state.EOF
 }
 
 // take makes c the stream's source, in place of the one before.
@@ -364,7 +365,8 @@ func (i *inStream) serve(c net.Conn) error {
 				return err
 			}
 			data = data[n:]
-			if _, err := c.Write(binary.BigEndian.AppendUint64(nil, i.accepted())); err != nil {
+			accepted, _ := i.accepted()
+			if _, err := c.Write(binary.BigEndian.AppendUint64(nil, accepted)); err != nil {
 				return err
 			}
 		}

@@ -53,6 +53,10 @@ type Config struct {
 	Lease time.Duration
 	// Ready, if not nil, is called once when the mount answers.
 	Ready func()
+	// Control, if not nil, is called once, before anything is mounted, with
+	// a function that returns when the home has done all page writes that the kernel
+	// has an answer to already. Its error says that one was lost.
+	Control func(drain func(context.Context) error)
 	// Log gets what happens to the link; nil is silent.
 	Log *slog.Logger
 }
@@ -141,6 +145,9 @@ func Run(ctx context.Context, cfg Config) error {
 	f.log = f.log.With("capsule", cfg.Capsule, "epoch", cfg.Epoch)
 	if _, err := rand.Read(f.session[:]); err != nil {
 		return err
+	}
+	if cfg.Control != nil {
+		cfg.Control(f.drain)
 	}
 	if f.dev == nil {
 		dev, err := Mount(cfg.Mountpoint)

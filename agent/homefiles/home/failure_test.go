@@ -391,6 +391,7 @@ func TestCommitFencesTheOldEpoch(t *testing.T) {
 	if err := p.srv.Commit(jobName, 2, nil); err != nil {
 		t.Fatal(err)
 	}
+	p.srv.Settle(jobName)
 	if r := <-p.fwd.result; !strings.HasPrefix(r, fmt.Sprint(int(fault.Refused))) {
 		t.Errorf("old forwarder: %s; want it fenced", r)
 	}
@@ -422,6 +423,60 @@ func TestCommitFencesTheOldEpoch(t *testing.T) {
 	}
 }
 
+// Between Commit and Settle the old node's requests wait: nothing that they ask
+// happens. If the new node turns out never to have run the job they are done
+// after all, with the files that were open; and that node is served no more.
+func TestReclaimGoesOnWhereItWas(t *testing.T) {
+	p, mnt2 := moved(t)
+	mustSh(t, alice, p.mnt, "echo one >f")
+	mustSh(t, alice, mnt2, "cat f")
+	if err := p.srv.Commit(jobName, 2, nil); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := sh(t, alice, p.mnt, "echo two >>f")
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		t.Fatalf("a write of the held-up epoch ended: %v", err)
+	case <-time.After(300 * time.Millisecond):
+	}
+	if b, _ := os.ReadFile(filepath.Join(p.dir, "f")); string(b) != "one\n" {
+		t.Errorf("the held-up epoch wrote: %q", b)
+	}
+	for range 2 { // the second time changes nothing
+		if err := p.srv.Reclaim(jobName, 3); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := <-done; err != nil {
+		t.Errorf("the write after Reclaim: %v", err)
+	}
+	if b, _ := os.ReadFile(filepath.Join(p.dir, "f")); string(b) != "one\ntwo\n" {
+		t.Errorf("after Reclaim: %q", b)
+	}
+	if out, err := sh(t, alice, "/", "echo three >>"+mnt2+"/f"); err == nil {
+		t.Errorf("the epoch that never ran may write: %s", out)
+	}
+	// A cut after that: the forwarder still says its old epoch.
+	p.setCut(true)
+	p.setCut(false)
+	mustSh(t, alice, p.mnt, "echo four >>f")
+	// And it may move again.
+	if err := p.srv.Prepare(jobName, 4, 2); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.srv.Commit(jobName, 4, nil); err != nil {
+		t.Fatal(err)
+	}
+	p.srv.Settle(jobName)
+	if r := <-p.fwd.result; !strings.HasPrefix(r, fmt.Sprint(int(fault.Refused))) {
+		t.Errorf("old forwarder: %s; want it fenced", r)
+	}
+}
+
 // A process's locks move with it: at no time could another have had them.
 func TestCommitMovesLocks(t *testing.T) {
 	p, mnt2 := moved(t)
@@ -450,6 +505,7 @@ func TestCommitMovesLocks(t *testing.T) {
 	if err := p.srv.Commit(jobName, 2, pids); err != nil {
 		t.Fatal(err)
 	}
+	p.srv.Settle(jobName)
 	for _, f := range []struct{ name, kind string }{{"a", "posix"}, {"b", "flock"}} {
 		if got := tryLock(t, filepath.Join(p.dir, f.name), f.kind); got == granted {
 			t.Errorf("%s lock was lost in the move", f.kind)
@@ -490,6 +546,7 @@ func TestMovedLocksEndWithTheirProcess(t *testing.T) {
 	if err := p.srv.Commit(jobName, 2, map[uint32]uint32{uint32(posix.cmd.Process.Pid): uint32(restored.Process.Pid)}); err != nil {
 		t.Fatal(err)
 	}
+	p.srv.Settle(jobName)
 	if got := tryLock(t, filepath.Join(p.dir, "a"), "posix"); got == granted {
 		t.Error("lock was lost in the move")
 	}

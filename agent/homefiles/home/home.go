@@ -12,7 +12,9 @@
 //     that it holds, whatever its requests say; its root (CRIU, for one) acts
 //     as the capsule's owner.
 //   - A capsule is served in one epoch. Prepare admits the next one beside it,
-//     for a restore; Commit makes it the only one.
+//     for a restore; Commit makes it the only one. The one before is held up with
+//     its open files until Settle ends it, or Reclaim takes it back because
+//     the next one never ran.
 //   - fcntl locks are open file description locks here, one descriptor for
 //     each (inode, lock owner), so home processes see them and they see those
 //     of home processes. Commit carries them over to the new epoch.
@@ -92,10 +94,14 @@ type capsule struct {
 	users map[uint32]*Cred
 	root  inodeKey
 	rootM *mount
-	next  *placement // admitted by Prepare
-
-	// sessions has at most one for each epoch; guarded by Server.mu.
+	// The following is guarded by Server.mu.
+	next *placement // admitted by Prepare
+	held *heldOwner // held up by Commit
+	// sessions has at most one for each epoch.
 	sessions map[uint64]*session
+	// reclaimed maps the epoch that a forwarder says to the one in which its
+	// session was taken back.
+	reclaimed map[uint64]uint64
 }
 
 type placement struct {
@@ -148,7 +154,7 @@ func (s *Server) Add(c Capsule) error {
 		return fault.New(fault.NotFound, op, c.ID, "open its root "+c.Root+": "+err.Error(), "")
 	}
 	defer unix.Close(fd)
-	cp := &capsule{Capsule: c, users: make(map[uint32]*Cred), sessions: make(map[uint64]*session)}
+	cp := &capsule{Capsule: c, users: make(map[uint32]*Cred), sessions: make(map[uint64]*session), reclaimed: make(map[uint64]uint64)}
 	for i := range c.Users {
 		cp.users[c.Users[i].UID] = &c.Users[i]
 	}
@@ -172,83 +178,6 @@ func (s *Server) Add(c Capsule) error {
 	return nil
 }
 
-// Prepare admits a session of epoch from node beside the current one, for the
-// restore of the capsule there. The epoch must be the one after the current;
-// what was prepared before is dropped.
-func (s *Server) Prepare(id string, epoch uint64, node api.NodeID) error {
-	const op = "prepare home files of capsule"
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	c := s.capsules[id]
-	if c == nil {
-		return fault.New(fault.NotFound, op, id, "no such capsule", "")
-	}
-	if epoch <= c.Epoch {
-		return fault.New(fault.Refused, op, id, "epoch is not after the current one", "")
-	}
-	s.dropNext(c)
-	c.next = &placement{epoch, node}
-	return nil
-}
-
-// Abort drops what Prepare admitted. It is no fault if there is none.
-func (s *Server) Abort(id string, epoch uint64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if c := s.capsules[id]; c != nil && c.next != nil && c.next.epoch == epoch {
-		s.dropNext(c)
-	}
-}
-
-func (s *Server) dropNext(c *capsule) {
-	if c.next == nil {
-		return
-	}
-	if old := c.sessions[c.next.epoch]; old != nil {
-		delete(c.sessions, c.next.epoch)
-		go old.end()
-	}
-	c.next = nil
-}
-
-// Commit makes a prepared epoch the only one: sessions of older epochs are
-// fenced, and their locks go to the new one. pids maps processes of the job
-// from their numbers at the old node to those at the new one, each as the
-// forwarder there sees them; locks of a process that is not in it are
-// dropped. Committing the current epoch again is no fault: the caller may be
-// going through its journal.
-func (s *Server) Commit(id string, epoch uint64, pids map[uint32]uint32) error {
-	const op = "commit home files of capsule"
-	s.mu.Lock()
-	c := s.capsules[id]
-	if c == nil {
-		s.mu.Unlock()
-		return fault.New(fault.NotFound, op, id, "no such capsule", "")
-	}
-	if epoch == c.Epoch {
-		s.mu.Unlock()
-		return nil
-	}
-	if c.next == nil || c.next.epoch != epoch {
-		s.mu.Unlock()
-		return fault.New(fault.Refused, op, id, "this epoch was not prepared", "")
-	}
-	old, now := c.sessions[c.Epoch], c.sessions[epoch]
-	delete(c.sessions, c.Epoch)
-	c.Epoch, c.Node, c.next = epoch, c.next.node, nil
-	s.mu.Unlock()
-	if old != nil {
-		// No request of the old session may be under way when its locks
-		// change hands.
-		old.fence()
-		if now != nil {
-			s.moveLocks(old, now, pids)
-		}
-		old.end()
-	}
-	return nil
-}
-
 // Remove ends a capsule: its sessions are fenced, its files closed and its
 // locks dropped.
 func (s *Server) Remove(id string) {
@@ -259,6 +188,9 @@ func (s *Server) Remove(id string) {
 	if c != nil {
 		for _, ss := range c.sessions {
 			ended = append(ended, ss)
+		}
+		if c.held != nil && c.held.session != nil {
+			ended = append(ended, c.held.session)
 		}
 		s.unrefMount(c.rootM)
 	}

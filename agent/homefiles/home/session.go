@@ -41,7 +41,15 @@ type session struct {
 	waits  map[uint64]*waiter // by unique: lock requests that wait
 	busy   int                // requests under way, waiting ones left out
 	fenced bool               // no request is begun any more
-	ended  bool
+	// parked are frames that came while the session was held up.
+	parking bool
+	parked  []parkedFrame
+	ended   bool
+}
+
+type parkedFrame struct {
+	h   wire.Header
+	buf *link.Buf
 }
 
 // request is one FUSE request under way.
@@ -105,6 +113,16 @@ func (s *Server) session(h wire.Hello, peer api.NodeID, rx uint64) (*session, wi
 	if c == nil {
 		return nil, wire.RefuseUnknown
 	}
+	if c.held != nil && c.held.session != nil && h.Session == c.held.session.id && peer == c.held.node {
+		return nil, wire.RefuseBusy
+	}
+	if now, ok := c.reclaimed[h.Epoch]; ok {
+		// Only the session itself goes on: a new one of that epoch is of the past.
+		if ss := c.sessions[now]; ss == nil || ss.id != h.Session {
+			return nil, wire.RefuseFenced
+		}
+		h.Epoch = now
+	}
 	node := c.Node
 	switch {
 	case h.Epoch == c.Epoch:
@@ -148,6 +166,13 @@ func (s *Server) session(h wire.Hello, peer api.NodeID, rx uint64) (*session, wi
 // take begins a request. It runs on the connection's reader, so it does
 // nothing that waits for a disk.
 func (ss *session) take(h wire.Header, buf *link.Buf) {
+	if !ss.park(h, buf) {
+		ss.begun(h, buf)
+	}
+}
+
+// begun begins a request.
+func (ss *session) begun(h wire.Header, buf *link.Buf) {
 	if h.Kind == wire.KindGone {
 		if len(buf.B) >= 4 {
 			ss.srv.locks.dropMoved(ss, binary.LittleEndian.Uint32(buf.B))
@@ -292,6 +317,46 @@ func (ss *session) fence() {
 	}
 }
 
+// hold is fence for a session that may be released again: what comes meanwhile is kept.
+func (ss *session) hold() {
+	ss.mu.Lock()
+	ss.parking = true
+	ss.mu.Unlock()
+	ss.fence()
+}
+
+// release undoes hold: what has come since is begun.
+func (ss *session) release() {
+	ss.mu.Lock()
+	if ss.ended {
+		ss.mu.Unlock()
+		return
+	}
+	ss.fenced = false
+	for len(ss.parked) > 0 {
+		parked := ss.parked
+		ss.parked = nil
+		ss.mu.Unlock()
+		for _, p := range parked {
+			ss.begun(p.h, p.buf)
+		}
+		ss.mu.Lock()
+	}
+	ss.parking = false
+	ss.mu.Unlock()
+}
+
+// park keeps a frame for later if the session is held up.
+func (ss *session) park(h wire.Header, buf *link.Buf) bool {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	if ss.parking && !ss.ended {
+		ss.parked = append(ss.parked, parkedFrame{h, buf})
+		return true
+	}
+	return false
+}
+
 // drain waits until all requests that were begun are done.
 func (ss *session) drain(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() {
@@ -318,6 +383,10 @@ func (ss *session) end() {
 		return
 	}
 	ss.ended = true
+	for _, p := range ss.parked {
+		p.buf.Free()
+	}
+	ss.parked = nil
 	files := ss.files
 	ss.files = make(map[uint64]*file)
 	ss.mu.Unlock()

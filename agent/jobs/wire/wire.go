@@ -63,7 +63,7 @@ const (
 // and keeps, to send them again.
 const StdinWindow = 256 << 10
 
-// Closed, as the offset of an ack, says that whoever read mosrun's stdout or
+// Closed as the offset of an ack says that whoever read mosrun's stdout or
 // stderr is gone. The agent lets go of its end of the job's pipe, so that the
 // job's next write fails there as it would here: with SIGPIPE or, if the program
 // ignores that, EPIPE. The stream's end follows. It is said anew at each attach.
@@ -74,6 +74,9 @@ type Hello struct {
 	// Stdout and Stderr are how many bytes of each were written out.
 	Stdout uint64 `json:"stdout"`
 	Stderr uint64 `json:"stderr"`
+	// Stdin is how many bytes of stdin are known to be with the job: what comes
+	// before is not asked for, even if the job's node cannot be reached.
+	Stdin uint64 `json:"stdin"`
 }
 
 // Signal is sent to the job's program, or to its process group as a terminal

@@ -56,7 +56,7 @@ func TestMessages(t *testing.T) {
 	if m := next(KindStop); len(m.Body) != 0 {
 		t.Errorf("stop has a body: %q", m.Body)
 	}
-	if _, err := Read(r); err != io.EOF {
+	if _, err := Read(r); !errors.Is(err, io.EOF) {
 		t.Errorf("Read at the end = %v; want EOF", err)
 	}
 }

@@ -1,0 +1,1 @@
+// Empty: it lets a function have no body.
