@@ -60,6 +60,8 @@ type Config struct {
 	JobsDir string
 	// Cgroup is the control group for jobs; "" means mosimg in the cgroup2 mount.
 	Cgroup string
+	// RootJobs lets root's jobs leave their home, and come here.
+	RootJobs bool
 	// Lease is how long a guest outlives the silence of its home; 0 means migrate.DefaultLease.
 	Lease time.Duration
 

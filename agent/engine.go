@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"time"
 
 	"mosimg/agent/agentapi"
 	"mosimg/agent/capsule"
@@ -76,7 +77,7 @@ func (a *Agent) openEngine(self api.NodeID) (*engine, error) {
 		Log:     a.log,
 	})
 	var err error
-	e.roots, err = mounts.New(mounts.Config{Dir: filepath.Join(dir, mountsDir), Self: self, Socket: a.homeFilesSocket(), Log: a.log})
+	e.roots, err = mounts.New(mounts.Config{Dir: filepath.Join(dir, mountsDir), Self: self, Socket: a.homeFilesSocket(), Lease: a.cfg.Lease, Log: a.log})
 	if err != nil {
 		return nil, err
 	}
@@ -84,8 +85,8 @@ func (a *Agent) openEngine(self api.NodeID) (*engine, error) {
 	e.node, err = migrate.OpenNode(migrate.NodeConfig{
 		Self: self, Dir: filepath.Join(dir, nodeDir), Cgroup: group,
 		CRIU: a.criu, Pages: func() pages.Protocol { return pages.ProtocolOf(a.inventory().CRIU.Version) }, Machine: a.machine, Roots: e.roots,
-		Dial: a.dialMigrate, Lease: a.cfg.Lease, Log: a.log,
-		Judge: judge{self: self, home: func() *migrate.Home { return e.home }, others: client},
+		Dial: a.dialMigrate, Lease: a.cfg.Lease, RootJobs: a.cfg.RootJobs, Log: a.log,
+		Judge: homeJudge{self: self, home: func() *migrate.Home { return e.home }, others: client},
 	})
 	if err != nil {
 		return nil, err
@@ -115,7 +116,7 @@ func (a *Agent) openEngine(self api.NodeID) (*engine, error) {
 			return migrate.Client{Dial: a.dialMigrate, Node: at.Node}.Capsule(self, job, at.Epoch), nil
 		},
 		Nodes: func() []api.Member { return a.Members().Members },
-		Lease: a.cfg.Lease, Log: a.log,
+		Lease: a.cfg.Lease, RootJobs: a.cfg.RootJobs, Log: a.log,
 	})
 	if err != nil {
 		return nil, err
@@ -152,21 +153,21 @@ func (e *engine) run(ctx context.Context) {
 	wg.Wait()
 }
 
-// judge asks this home directly, and others over the network.
-type judge struct {
+// homeJudge asks this home directly, and others over the network.
+type homeJudge struct {
 	self   api.NodeID
 	home   func() *migrate.Home
 	others migrate.Client
 }
 
-func (j judge) Ended(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement, end migrate.End) error {
+func (j homeJudge) Ended(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement, end migrate.End) error {
 	if home == j.self {
 		return j.home().Ended(ctx, home, job, c, end)
 	}
 	return j.others.Ended(ctx, home, job, c, end)
 }
 
-func (j judge) Ask(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement) (migrate.Verdict, uint64, error) {
+func (j homeJudge) Ask(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement) (migrate.Verdict, uint64, error) {
 	if home == j.self {
 		return j.home().Ask(ctx, home, job, c)
 	}
@@ -198,6 +199,9 @@ func (a *Agent) machine() migrate.Machine {
 	}
 	return m
 }
+
+// dialLimit bounds a connection to another member.
+const dialLimit = 10 * time.Second
 
 // errNoMember is why nothing can be asked of others yet.
 var errNoMember = errors.New("this machine is not a member of the cluster")

@@ -51,6 +51,7 @@ ticket that mosimg head leaves:
 	f.StringVar(&cfg.StateDir, "state", api.RunDir+"/agent", "folder for key and membership")
 	f.StringVar(&cfg.JobsDir, "jobs", "", "folder for jobs, on tmpfs (default: jobs in the state folder)")
 	f.StringVar(&cfg.Cgroup, "cgroup", "", "control group for jobs (default: mosimg, in the cgroup2 mount)")
+	f.BoolVar(&cfg.RootJobs, "root-jobs", false, "let root's jobs leave their home, and come here from others")
 	f.DurationVar(&cfg.Lease, "home-lease", migrate.DefaultLease, "how long a guest outlives the silence of its home")
 	f.StringVar(&cfg.Socket, "socket", api.AgentSocket, "unix socket for local users")
 	f.StringVar(&cfg.NetStatus, "net", netup.StatusFile, "status file of our own network service (with --own-machine)")

@@ -14,7 +14,9 @@ func newKeeperCmd(env *Env) *cobra.Command {
 		Use: keeper.Verb + " SOCKET", Hidden: true,
 		Short: "Serve this machine's files to its jobs elsewhere",
 		Args:  usageArgs(cobra.ExactArgs(1)),
-		RunE:  func(c *cobra.Command, args []string) error { return keeper.Main(c.Context(), args[0], newLog(env.Stderr)) },
+		RunE: func(c *cobra.Command, args []string) error {
+			return keeper.Main(c.Context(), args[0], newLog(env.Stderr))
+		},
 	}
 }
 
@@ -23,6 +25,8 @@ func newMountCmd(env *Env) *cobra.Command {
 		Use: mounts.Verb + " CONFIG", Hidden: true,
 		Short: "Show a guest its home's files",
 		Args:  usageArgs(cobra.ExactArgs(1)),
-		RunE:  func(c *cobra.Command, args []string) error { return mounts.Main(c.Context(), args[0], newLog(env.Stderr)) },
+		RunE: func(c *cobra.Command, args []string) error {
+			return mounts.Main(c.Context(), args[0], newLog(env.Stderr))
+		},
 	}
 }
