@@ -150,6 +150,11 @@ type member struct {
 // error only when it cannot even begin.
 func Run(ctx context.Context, cfg Config) error {
 	cfg = cfg.withDefaults()
+	// What we were started with and did not open ourselves is nobody else's
+	// business: a file of ours in a job could keep it from moving.
+	if err := unix.CloseRange(3, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		cfg.Log.Debug("inherited files stay open in what we start", "why", err)
+	}
 	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return fault.New(fault.Environment, "make", cfg.StateDir, err, "run this as root, or give --state")
 	}
