@@ -22,6 +22,7 @@ import (
 	"mosimg/agent/inventory"
 	"mosimg/agent/load"
 	"mosimg/agent/membership"
+	"mosimg/agent/migrate"
 	"mosimg/agent/netup"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
@@ -55,6 +56,15 @@ type Config struct {
 	// NoCRIU, if set, is why CRIU is not even tried.
 	NoCRIU string
 
+	// JobsDir, on tmpfs, holds all about jobs; "" means StateDir/jobs.
+	JobsDir string
+	// Cgroup is the control group for jobs; "" means mosimg in the cgroup2 mount.
+	Cgroup string
+	// RootJobs lets root's jobs leave their home, and come here.
+	RootJobs bool
+	// Lease is how long a guest outlives the silence of its home; 0 means migrate.DefaultLease.
+	Lease time.Duration
+
 	APIPort, GossipPort int // 0: those of package api
 
 	// Consoles are the devices to show the status on; none: not shown.
@@ -71,6 +81,12 @@ type Config struct {
 func (c Config) withDefaults() Config {
 	if c.StateDir == "" {
 		c.StateDir = filepath.Join(api.RunDir, "agent")
+	}
+	if c.JobsDir == "" {
+		c.JobsDir = filepath.Join(c.StateDir, "jobs")
+	}
+	if c.Lease == 0 {
+		c.Lease = migrate.DefaultLease
 	}
 	if c.Socket == "" {
 		c.Socket = api.AgentSocket
@@ -105,8 +121,16 @@ type Agent struct {
 
 	changed chan struct{} // wakes the console; holds one token
 
-	mu  sync.Mutex // guards the following
-	inv api.Inventory
+	// engine carries jobs; nil until this machine has got its number.
+	engine  atomic.Pointer[engine]
+	engines sync.WaitGroup
+	// life ends with Run; end ends it before, with a reason.
+	life context.Context
+	end  context.CancelCauseFunc
+
+	mu   sync.Mutex // guards the following
+	inv  api.Inventory
+	tool criu.Tool // once probed
 	// status is what PathStatus tells, without what is worked out on demand.
 	status api.AgentStatus
 	// member is what this node has as a member; nil while it is none.
@@ -126,6 +150,11 @@ type member struct {
 // error only when it cannot even begin.
 func Run(ctx context.Context, cfg Config) error {
 	cfg = cfg.withDefaults()
+	// What we were started with and did not open ourselves is nobody else's
+	// business: a file of ours in a job could keep it from moving.
+	if err := unix.CloseRange(3, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		cfg.Log.Debug("inherited files stay open in what we start", "why", err)
+	}
 	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return fault.New(fault.Environment, "make", cfg.StateDir, err, "run this as root, or give --state")
 	}
@@ -152,6 +181,14 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := os.MkdirAll(filepath.Dir(cfg.Socket), 0o755); err != nil {
 		return fault.New(fault.Environment, "make", filepath.Dir(cfg.Socket), err, "run this as root, or give --socket")
 	}
+	if err := os.MkdirAll(cfg.JobsDir, 0o700); err != nil {
+		return fault.New(fault.Environment, "make", cfg.JobsDir, err, "run this as root, or give --jobs")
+	}
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	a.life, a.end = ctx, end
+	defer a.engines.Wait()
+	a.handleJobs(ctx)
 	l, err := agentapi.ListenUnix(cfg.Socket)
 	if err != nil {
 		return err
@@ -159,6 +196,11 @@ func Run(ctx context.Context, cfg Config) error {
 
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	wg.Go(func() {
+		if err := a.serveHomeFiles(ctx); err != nil {
+			a.log.Error("home files of guests are not connected", "why", err)
+		}
+	})
 	wg.Go(func() {
 		if err := a.server.ServeUnix(ctx, l); err != nil {
 			a.log.Error("local API ended", "why", err)
@@ -183,6 +225,9 @@ func Run(ctx context.Context, cfg Config) error {
 		a.set(api.StateStarting, "asking the head")
 		a.session(ctx, p)
 	}
+	if err := context.Cause(ctx); fault.KindOf(err) == fault.Environment {
+		return err
+	}
 	return nil
 }
 
@@ -203,7 +248,7 @@ func (a *Agent) probe(ctx context.Context) {
 		a.log.Warn("criu is unusable: this node takes only jobs placed at start", "why", st.Reason)
 	}
 	a.mu.Lock()
-	a.inv.CRIU, a.status.CRIU = st.CRIUStatus, st.CRIUStatus
+	a.inv.CRIU, a.status.CRIU, a.tool = st.CRIUStatus, st.CRIUStatus, st.Tool
 	a.mu.Unlock()
 	a.wake()
 }

@@ -121,6 +121,10 @@ func (a *Agent) belong(ctx context.Context, p place, cred *credentials, told boo
 	a.member = m
 	a.status.Node, a.status.Name = cred.node, cred.name
 	a.mu.Unlock()
+	if err := a.startEngine(cred.node); err != nil {
+		// A node without jobs is still one to look at, and to mend.
+		a.log.Error("no jobs can run here", "why", err)
+	}
 	a.setHostname(cred.name)
 	a.set(api.StateMember, "")
 

@@ -555,11 +555,12 @@ func (h *Home) do(ctx context.Context, j *homeJob, rec Record, task Task) error 
 		return err
 	case KillPrev:
 		h.step(rec.Job, StepKill)
-		err := h.conf.Peer(rec.Prev.Node).Discard(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Prev.Epoch})
-		if err != nil {
+		// First its files: a process that is killed closes them, and waits for the answer.
+		if err := h.conf.Files.Settle(ctx, rec.Job); err != nil {
 			return err
 		}
-		if err := h.conf.Files.Settle(ctx, rec.Job); err != nil {
+		err := h.conf.Peer(rec.Prev.Node).Discard(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Prev.Epoch})
+		if err != nil {
 			return err
 		}
 		_, err = h.change(j, func(r Record) (Record, error) { return r.Settle(), nil })

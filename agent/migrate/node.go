@@ -355,6 +355,9 @@ func (n *Node) settleCopy(ctx context.Context, cp *jobCopy) error {
 			return errOpen
 		}
 	}
+	if r == leave {
+		return nil
+	}
 	n.log.Info("settle", "job", rec.Job, "epoch", rec.Epoch, "phase", rec.Phase, "state", st.State, "remedy", r)
 	switch r {
 	case busy:

@@ -6,6 +6,7 @@ import (
 	"mosimg/agent"
 	"mosimg/agent/console"
 	"mosimg/agent/criu"
+	"mosimg/agent/migrate"
 	"mosimg/agent/netup"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
@@ -48,6 +49,10 @@ ticket that mosimg head leaves:
 	f.StringVar(&cfg.Address, "address", "", "address of this node (default: the one towards the head)")
 	f.StringVar(&cfg.Image, "image", "", "`ID` of the image set that runs")
 	f.StringVar(&cfg.StateDir, "state", api.RunDir+"/agent", "folder for key and membership")
+	f.StringVar(&cfg.JobsDir, "jobs", "", "folder for jobs, on tmpfs (default: jobs in the state folder)")
+	f.StringVar(&cfg.Cgroup, "cgroup", "", "control group for jobs (default: mosimg, in the cgroup2 mount)")
+	f.BoolVar(&cfg.RootJobs, "root-jobs", false, "let root's jobs leave their home, and come here from others")
+	f.DurationVar(&cfg.Lease, "home-lease", migrate.DefaultLease, "how long a guest outlives the silence of its home")
 	f.StringVar(&cfg.Socket, "socket", api.AgentSocket, "unix socket for local users")
 	f.StringVar(&cfg.NetStatus, "net", netup.StatusFile, "status file of our own network service (with --own-machine)")
 	f.BoolVar(&cfg.OwnMachine, "own-machine", false, "mosimg booted this machine: its clock and name may be set")

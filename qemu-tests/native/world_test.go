@@ -12,8 +12,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -136,13 +138,15 @@ type machine struct {
 	w         *world
 	name, mac string
 	dir       string
+	pid       int    // of what holds its namespaces
+	cgroup    string // its control group for jobs, in the cgroup2 mount
 	agent     *daemon
 	args      bootargs.Args // of the last boot
 }
 
 func (w *world) machine(name string, n int) *machine {
 	w.t.Helper()
-	m := &machine{w: w, name: name, mac: fmt.Sprintf("52:54:00:77:00:%02x", n), dir: filepath.Join(w.dir, name)}
+	m := &machine{w: w, name: name, cgroup: fmt.Sprintf("mosimg-test-%d-%s", os.Getpid(), name), mac: fmt.Sprintf("52:54:00:77:00:%02x", n), dir: filepath.Join(w.dir, name)}
 	if err := os.MkdirAll(m.dir, 0o755); err != nil {
 		w.t.Fatal(err)
 	}
@@ -151,12 +155,31 @@ func (w *world) machine(name string, n int) *machine {
 	w.must("ip", "-n", w.prefix+"lan", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", w.prefix+name)
 	w.must("ip", "-n", w.prefix+"lan", "link", "set", port, "master", "br0", "up")
 	w.must("ip", "-n", w.prefix+name, "link", "set", "eth0", "address", m.mac, "up")
+	// One mount namespace for all that runs on the machine: ip makes one that shows
+	// the machine's own /sys, in which there are no control groups yet.
+	hold := exec.Command("ip", "netns", "exec", w.prefix+name, "sh", "-c", "mount -t cgroup2 none /sys/fs/cgroup && echo && exec sleep 86400")
+	hold.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	out, err := hold.StdoutPipe()
+	if err == nil {
+		err = hold.Start()
+	}
+	if err == nil {
+		_, err = out.Read(make([]byte, 1))
+	}
+	if err != nil {
+		w.t.Fatalf("mount namespace of %s: %v", name, err)
+	}
+	m.pid = hold.Process.Pid
+	w.t.Cleanup(func() {
+		hold.Process.Kill()
+		hold.Wait()
+	})
 	return m
 }
 
-// command runs argv in the machine's network.
+// command runs argv on the machine.
 func (m *machine) command(argv ...string) *exec.Cmd {
-	return exec.Command("ip", append([]string{"netns", "exec", m.w.prefix + m.name}, argv...)...)
+	return exec.Command("nsenter", append([]string{"-t", strconv.Itoa(m.pid), "-n", "-m", "--"}, argv...)...)
 }
 
 // cable plugs ("up") or unplugs ("down") the machine.
@@ -250,8 +273,19 @@ func stderrOf(err error) string {
 
 func (m *machine) startAgent() {
 	m.w.t.Helper()
-	m.agent = m.start(m.w.bin+"/mosagent", "agent", "--head", m.args.Head, "--ca", m.args.CA, "--nonce", m.args.Nonce,
-		"--mac", m.mac, "--image", m.args.Image, "--state", filepath.Join(m.dir, "agent"), "--socket", m.socket(), "--criu", m.w.dir)
+	m.agent = m.start(append([]string{m.w.bin + "/mosagent", "agent", "--head", m.args.Head, "--ca", m.args.CA, "--nonce", m.args.Nonce,
+		"--mac", m.mac, "--image", m.args.Image}, m.agentFlags()...)...)
+}
+
+// agentFlags are those that every machine's agent has. Without a CRIU of the
+// caller's its folder is one in which there is none.
+func (m *machine) agentFlags() []string {
+	criu := os.Getenv("MOSIMG_CRIU")
+	if criu == "" {
+		criu = m.w.dir
+	}
+	return []string{"--state", filepath.Join(m.dir, "agent"), "--socket", m.socket(), "--criu", criu,
+		"--cgroup", filepath.Join("/sys/fs/cgroup", m.cgroup), "--root-jobs", "--home-lease", "60s"}
 }
 
 func (m *machine) socket() string { return filepath.Join(m.dir, "agent.sock") }
@@ -338,8 +372,7 @@ func (h *head) startHead(flags ...string) {
 // joinSelf starts the agent on the head's own machine, with its ticket.
 func (h *head) joinSelf() {
 	h.w.t.Helper()
-	h.agent = h.start(h.w.bin+"/mosagent", "agent", "--join", filepath.Join(h.run(), "join.json"),
-		"--state", filepath.Join(h.dir, "agent"), "--socket", h.socket(), "--criu", h.w.dir)
+	h.agent = h.start(append([]string{h.w.bin + "/mosagent", "agent", "--join", filepath.Join(h.run(), "join.json")}, h.agentFlags()...)...)
 }
 
 // node runs `mosimg node ...` and returns its stdout.

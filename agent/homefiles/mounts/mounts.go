@@ -181,6 +181,13 @@ func syncfs(dir string) error {
 		return &os.PathError{Op: "open", Path: dir, Err: err}
 	}
 	defer unix.Close(fd)
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return os.NewSyscallError("fstatfs", err)
+	}
+	if st.Type != unix.FUSE_SUPER_MAGIC {
+		return fmt.Errorf("%s is not mounted", dir) // to sync another file system would sync nothing
+	}
 	return os.NewSyscallError("syncfs", unix.Syncfs(fd))
 }
 
