@@ -95,10 +95,12 @@ func TestFaultsDoNoHarm(t *testing.T) {
 		began := time.Now()
 		from := j.quiet()
 		to := api.NodeID((int(from)+r.to)%3 + 1)
+		c.canMove()
 		migrated := make(chan error, 1)
 		go func() { migrated <- j.migrate(to) }()
 		time.Sleep(r.delay)
 		did := j.strike(r, from, to)
+		t.Logf("round %d: %d to %d, %v (hit %v)", i, from, to, r, did)
 		var err error
 		select {
 		case err = <-migrated:
@@ -117,11 +119,30 @@ func TestFaultsDoNoHarm(t *testing.T) {
 		}
 		j.onlyCopy(at)
 		j.goesOn(dir)
-		t.Logf("round %d: %d to %d, %v (hit %v): on %d after %v; migrate: %v", i, from, to, r, did, at, time.Since(began).Round(time.Millisecond), err)
+		t.Logf("round %d: on %d after %v; migrate: %v", i, at, time.Since(began).Round(time.Millisecond), err)
 	}
 	t.Logf("%d of %d moves went through; hit: %v", moved, n, hit)
 	j.counted(dir)
 	c.nothingLeft()
+}
+
+// canMove waits until the home knows that CRIU works everywhere: an agent that
+// was started again finds it out anew.
+func (c *cluster) canMove() {
+	c.t.Helper()
+	c.eventually(60*time.Second, "all machines can take jobs", func() error {
+		table, err := c.head.members()
+		n := 0
+		for _, m := range table.Members {
+			if m.Migration && m.Liveness == api.Alive {
+				n++
+			}
+		}
+		if err == nil && n != len(c.all) {
+			err = fmt.Errorf("%d can", n)
+		}
+		return err
+	})
 }
 
 // strike does a round's fault and repairs what can be repaired. It tells
