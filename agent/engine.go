@@ -115,14 +115,30 @@ func (a *Agent) openEngine(self api.NodeID) (*engine, error) {
 			}
 			return migrate.Client{Dial: a.dialMigrate, Node: at.Node}.Capsule(self, job, at.Epoch), nil
 		},
-		Nodes: func() []api.Member { return a.Members().Members },
-		Lease: a.cfg.Lease, RootJobs: a.cfg.RootJobs, Log: a.log,
+		Nodes:  func() []api.Member { return a.Members().Members },
+		Guests: e.guests,
+		Lease:  a.cfg.Lease, RootJobs: a.cfg.RootJobs, Log: a.log,
 	})
 	if err != nil {
 		return nil, err
 	}
 	e.server = migrate.Server{Node: e.node, Home: e.home, Log: a.log}
 	return e, nil
+}
+
+// guests are the jobs of other homes that are here, as far as this node knows them.
+func (e *engine) guests(ctx context.Context) []api.JobStatus {
+	var all []api.JobStatus
+	for _, g := range e.node.Guests() {
+		st := api.JobStatus{ID: string(g.Job), UID: int(g.Owner.UID), State: api.JobRuns, Home: g.Home, Node: e.self, Epoch: g.Epoch}
+		if c, err := e.node.Capsule(g.Job, g.Epoch); err == nil {
+			if m, err := c.Measure(ctx); err == nil && m.Use != nil {
+				st.Bytes, st.Processes, st.CPUSeconds = m.Use.Bytes, m.Use.Processes, float64(m.Use.CPUMicros)/1e6
+			}
+		}
+		all = append(all, st)
+	}
+	return all
 }
 
 // startEngine starts the engine once this machine has a number. A machine that

@@ -185,6 +185,9 @@ func (a *Agent) gossip(ctx context.Context, m *member) {
 			a.log.Error("load cannot be measured", "why", err)
 			return
 		}
+		if e := a.engine.Load(); e != nil {
+			v.Guests = len(e.node.Guests())
+		}
 		m.loads.SetOwn(v, now)
 		m.group.Send(gossipTargets, m.loads.Message(now))
 		select {

@@ -382,6 +382,13 @@ func (c *Capsule) Signal(ctx context.Context, sig unix.Signal, group bool) error
 	return err
 }
 
+// SignalOnce is Signal for one that has a name, not 0: if it is sent again under that
+// name before any other, it arrives once, also when the job has moved in between.
+func (c *Capsule) SignalOnce(ctx context.Context, id uint64, sig unix.Signal, group bool) error {
+	_, err := c.call(ctx, control.Request{Verb: control.Signal, ID: id, Signal: int(sig), Group: group})
+	return err
+}
+
 // Remove ends the shim, kills what is left and removes the folder and the
 // control groups. It is no error if any of them is gone already.
 func (c *Capsule) Remove(ctx context.Context) error {

@@ -62,6 +62,7 @@ type state struct {
 	out     [2][]byte
 	eof     [2]bool
 	signals []int
+	last    uint64 // ID of the last one
 	stopped bool
 }
 
@@ -238,6 +239,10 @@ func (s *standIn) do(c net.Conn, req control.Request) (a control.Answer, stream 
 		if !running {
 			return refuse()
 		}
+		if s.last == req.ID {
+			break
+		}
+		s.last = req.ID
 		s.signals = append(s.signals, req.Signal)
 	case control.Stop, control.Cont:
 		if !running {

@@ -1,6 +1,7 @@
 package jobs_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -173,10 +174,21 @@ type mosrun struct {
 	t       *testing.T
 	session *client.Session
 	stdin   *os.File // write end
-	out     [2]chan []byte
 	result  chan client.Result
-	mu      sync.Mutex // guards notes
-	notes   []string
+	ended   sync.WaitGroup // of both streams
+
+	mu    sync.Mutex // guards the following
+	out   [2][]byte
+	notes []string
+}
+
+// saw tells whether the user has seen something on stdout.
+func (m *mosrun) saw(text string) func() bool {
+	return func() bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return bytes.Contains(m.out[0], []byte(text))
+	}
 }
 
 func (h *home) attach(id, socket string) *mosrun {
@@ -193,12 +205,20 @@ func (h *home) attach(id, socket string) *mosrun {
 		if err != nil {
 			h.t.Fatal(err)
 		}
-		ends[i], m.out[i] = pw, make(chan []byte, 1)
-		go func() {
+		ends[i] = pw
+		m.ended.Go(func() {
 			defer pr.Close()
-			data, _ := io.ReadAll(pr)
-			m.out[i] <- data
-		}()
+			buf := make([]byte, 8192)
+			for {
+				n, err := pr.Read(buf)
+				m.mu.Lock()
+				m.out[i] = append(m.out[i], buf[:n]...)
+				m.mu.Unlock()
+				if err != nil {
+					return
+				}
+			}
+		})
 	}
 	m.session, err = client.New(client.Config{
 		Agent: client.Agent{Socket: socket}, Job: id, Stdin: int(r.Fd()), Stdout: int(ends[0].Fd()), Stderr: int(ends[1].Fd()),
@@ -233,7 +253,8 @@ func (m *mosrun) wait() (res client.Result, stdout, stderr []byte) {
 	case <-time.After(20 * time.Second):
 		m.t.Fatal("the job does not end")
 	}
-	return res, <-m.out[0], <-m.out[1]
+	m.ended.Wait()
+	return res, m.out[0], m.out[1]
 }
 
 // proxy is a socket in front of another one whose connections break.

@@ -138,12 +138,12 @@ func (s *session) feedTo(p *place) (fed, over bool, err error) {
 	}
 	fed, err = s.took(to.Offset)
 	if err != nil || to.Over {
-		to.Close()
+		_ = to.Close()
 		return fed, to.Over, err
 	}
-	stopPlace := context.AfterFunc(p.ctx, func() { to.Close() })
+	stopPlace := context.AfterFunc(p.ctx, func() { _ = to.Close() })
 	defer stopPlace()
-	stopSession := context.AfterFunc(s.ctx, func() { to.Close() })
+	stopSession := context.AfterFunc(s.ctx, func() { _ = to.Close() })
 	defer stopSession()
 
 	broken := make(chan struct{})
@@ -158,14 +158,14 @@ func (s *session) feedTo(p *place) (fed, over bool, err error) {
 			}
 			if _, err := s.took(at); err != nil {
 				rerr = err
-				to.Close()
+				_ = to.Close()
 				return
 			}
 			more = true
 		}
 	}()
 	err = s.write(to, broken)
-	to.Close()
+	_ = to.Close()
 	<-broken
 	if rerr != nil {
 		err = rerr

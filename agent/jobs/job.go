@@ -265,7 +265,7 @@ func openMosrun(info Info) (*process, error) {
 		err = errGone
 	}
 	if err != nil {
-		p.Close()
+		p.close()
 		return nil, err
 	}
 	return p, nil

@@ -75,9 +75,9 @@ func (s *session) pump(o *output, p *place) (ended bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	defer from.Close()
-	defer context.AfterFunc(p.ctx, func() { from.Close() })()
-	defer context.AfterFunc(s.ctx, func() { from.Close() })()
+	defer func() { _ = from.Close() }()
+	defer context.AfterFunc(p.ctx, func() { _ = from.Close() })()
+	defer context.AfterFunc(s.ctx, func() { _ = from.Close() })()
 	if err := o.open(from); err != nil {
 		return false, err
 	}

@@ -39,15 +39,15 @@ func openProcess(pid int) (*process, error) {
 	return &process{dir: dir, fd: os.NewFile(uintptr(fd), "pidfd")}, nil
 }
 
-// Close lets go of it.
-func (p *process) Close() error {
+// close lets go of it.
+func (p *process) close() {
 	p.dir.Close()
-	return p.fd.Close()
+	p.fd.Close()
 }
 
 // awaitEnd returns nil when the process has ended, or the end of ctx. p is closed.
 func (p *process) awaitEnd(ctx context.Context) error {
-	defer p.Close()
+	defer p.close()
 	stop := context.AfterFunc(ctx, func() { p.fd.Close() })
 	defer stop()
 	rc, err := p.fd.SyscallConn()

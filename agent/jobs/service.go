@@ -170,7 +170,7 @@ func (s *Service) start(ctx context.Context, who agentapi.Caller, req api.JobSta
 	if err != nil {
 		return "", fault.New(fault.Refused, "start", "job", fmt.Errorf("cannot see the process that asks: %w", err), "")
 	}
-	defer p.Close()
+	defer p.close()
 	facts, err := p.facts()
 	if err == nil && facts.euid != who.UID {
 		err = fmt.Errorf("process %d is user %d's now, and was user %d's", who.PID, facts.euid, who.UID)

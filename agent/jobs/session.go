@@ -197,7 +197,7 @@ func (s *session) receive() error {
 				err = fmt.Errorf("signal %d", sig.Number)
 				break
 			}
-			s.j.order(order{control.Signal, unix.Signal(sig.Number), sig.Group})
+			s.j.order(order{verb: control.Signal, signal: unix.Signal(sig.Number), group: sig.Group})
 		case wire.KindStop:
 			s.j.order(order{verb: control.Stop})
 		case wire.KindCont:

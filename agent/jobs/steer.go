@@ -3,6 +3,7 @@ package jobs
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -14,11 +15,18 @@ import (
 
 // order is a signal, a stop or a cont on its way to the job. It waits while
 // the job moves. If a connection breaks when it may have been carried out, it is
-// sent again: a signal that comes twice does less harm than none.
+// sent again; by its id the shim knows a signal that it has had.
 type order struct {
 	verb   control.Verb
 	signal unix.Signal
 	group  bool
+	id     uint64
+}
+
+// same tells whether an order asks for the same as another one.
+func (o order) same(other order) bool {
+	other.id = o.id
+	return o == other
 }
 
 // orderTime bounds one try of an order.
@@ -27,13 +35,14 @@ const orderTime = 5 * time.Second
 // order puts an order into the queue. As with the kernel's own, a signal that
 // is on its way is not sent a second time; of stop and cont the last one counts.
 func (j *job) order(o order) {
+	o.id = rand.Uint64() | 1 // not 0
 	j.change(func() {
 		first := 0
 		if j.sending {
 			first = 1 // that one may have arrived: it is not ours any more
 		}
 		waiting := slices.Clone(j.orders[first:])
-		if o.verb == control.Signal && slices.Contains(waiting, o) {
+		if o.verb == control.Signal && slices.ContainsFunc(waiting, o.same) {
 			return
 		}
 		if o.verb != control.Signal {
@@ -113,7 +122,7 @@ func (j *job) deliver(ctx context.Context, o order) error {
 	case control.Cont:
 		return c.Cont(ctx)
 	default:
-		return c.Signal(ctx, o.signal, o.group)
+		return c.SignalOnce(ctx, o.id, o.signal, o.group)
 	}
 }
 

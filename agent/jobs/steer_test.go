@@ -47,6 +47,7 @@ func (s *standIn) set(f func(*standIn)) {
 // and in order; a second one of a kind waits no more than it does in the kernel.
 func TestSignalsWaitForAMove(t *testing.T) {
 	f := newFleet(t)
+	f.cut = cuts(3, 2000) // many an answer is lost
 	h := newHome(t, f)
 	id := h.run(request())
 	m := h.attach(id, h.socket)
@@ -132,12 +133,7 @@ func TestNodeStartedAnew(t *testing.T) {
 	id := h.run(req)
 	m := h.attach(id, h.socket)
 	m.stdin.Write([]byte("one\n"))
-	until(t, "the job has its input", func() bool {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		return len(f.copies) == 1 && f.copies[copyKey{migrate.JobID(id), migrate.Placement{Node: 2, Epoch: 2}}].taken == 4
-	})
-	time.Sleep(50 * time.Millisecond) // its output is with us
+	until(t, "its output is with us", m.saw("one\n"))
 	s := f.only(id)
 	if err := (node{f, 2}).Discard(t.Context(), migrate.Order{Job: s.job, Epoch: s.at.Epoch}); err != nil {
 		t.Fatal(err)

@@ -32,7 +32,7 @@ func differ(t *testing.T, what string, got, want []byte) {
 	for at < min(len(got), len(want)) && got[at] == want[at] {
 		at++
 	}
-	t.Errorf("%s: %d bytes, want %d; they differ from byte %d on", what, len(got), len(want), at)
+	t.Errorf("%s: %d bytes, want %d; they differ from byte %d on: %.60q, want %.60q", what, len(got), len(want), at, got[at:], want[at:])
 }
 
 // Whatever breaks and wherever the job is, its user sees each byte once, in

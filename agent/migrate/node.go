@@ -83,16 +83,18 @@ type copyRecord struct {
 type jobCopy struct {
 	turn sync.Mutex // held by who works on the copy
 	c    *capsule.Capsule
-	// heard is when the home last answered, in Unix nanoseconds.
-	heard atomic.Int64
+	// heard is when the home last answered, in Unix nanoseconds; told when it was
+	// last told of the end.
+	heard, told atomic.Int64
+	watched     atomic.Bool // somebody waits for its end
 
 	mu     sync.Mutex // guards the following
 	rec    copyRecord
 	cancel context.CancelFunc // of a Freeze or Restore under way
 }
 
-// OpenNode takes over what an earlier agent left in conf.Dir. Settle then
-// brings it in order.
+// OpenNode takes over what an earlier agent left in conf.Dir. Settle, or Run, then
+// brings it in order; before that nothing is asked or told.
 func OpenNode(conf NodeConfig) (*Node, error) {
 	n := &Node{conf: conf, log: conf.Log, copies: make(map[copyKey]*jobCopy)}
 	if n.log == nil {
@@ -110,9 +112,6 @@ func OpenNode(conf NodeConfig) (*Node, error) {
 		cp := &jobCopy{rec: rec, c: capsule.Attach(rec.Capsule, n.capsuleDir(rec.Capsule), n.capsuleGroup(rec.Capsule))}
 		cp.heard.Store(time.Now().UnixNano())
 		n.copies[copyKey{rec.Job, rec.Epoch}] = cp
-		if rec.Phase == running {
-			go n.watch(cp)
-		}
 	}
 	return n, nil
 }
@@ -214,7 +213,7 @@ func (n *Node) Start(ctx context.Context, o Order, spec control.Spec) error {
 	defer cp.turn.Unlock()
 	// Journalled first: after a crash in between, Settle finds an empty capsule and
 	// a home that knows of no such job.
-	if err = n.note(cp, func(r *copyRecord) { r.Phase = prepared }); err == nil {
+	if err = n.note(cp, func(r *copyRecord) { r.Phase, r.Owner = prepared, spec.Owner() }); err == nil {
 		_, err = cp.c.Run(ctx, spec)
 	}
 	if err == nil {
@@ -233,6 +232,27 @@ func (n *Node) Capsule(job JobID, epoch uint64) (*capsule.Capsule, error) {
 		return cp.c, nil
 	}
 	return nil, fault.New(fault.NotFound, "find", fmt.Sprintf("epoch %d of job %s", epoch, job), "it is not on this node", "")
+}
+
+// Guest is a job of another home that is here.
+type Guest struct {
+	Job   JobID
+	Home  api.NodeID
+	Epoch uint64
+	Owner control.Owner
+}
+
+// Guests are the jobs of other homes that run here.
+func (n *Node) Guests() []Guest {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var all []Guest
+	for _, cp := range n.copies {
+		if rec := cp.record(); rec.Home != n.conf.Self && rec.Phase == running {
+			all = append(all, Guest{rec.Job, rec.Home, rec.Epoch, rec.Owner})
+		}
+	}
+	return all
 }
 
 // remove removes a copy and all that belongs to it; turn is held.
@@ -258,8 +278,12 @@ func (n *Node) remove(ctx context.Context, cp *jobCopy) error {
 	return nil
 }
 
-// watch waits for the end of a copy that runs here.
+// watch waits for the end of a copy that runs here, unless somebody does already.
 func (n *Node) watch(cp *jobCopy) {
+	if !cp.watched.CompareAndSwap(false, true) {
+		return
+	}
+	defer cp.watched.Store(false)
 	st, err := cp.c.Wait(context.Background())
 	switch {
 	case err == nil && st.State == control.Ended:
@@ -284,13 +308,19 @@ func (n *Node) noteEnd(ctx context.Context, cp *jobCopy, end End) error {
 	return n.tellEnd(ctx, cp)
 }
 
+// tellAgain is how often a home is told of an end that it knows: it may have
+// given the job up while this node could not be reached.
+const tellAgain = 30 * time.Second
+
 // tellEnd tells the home how a copy ended, until it has heard. The copy
-// stays, with what was not read of its output, until the home discards it.
+// stays, with what was not read of its output, until the home discards it or
+// knows nothing of it any more.
 func (n *Node) tellEnd(ctx context.Context, cp *jobCopy) error {
 	rec := cp.record()
-	if rec.Told || rec.End == nil {
+	if rec.End == nil || rec.Told && time.Since(time.Unix(0, cp.told.Load())) < tellAgain {
 		return nil
 	}
+	cp.told.Store(time.Now().UnixNano())
 	ctx, cancel := context.WithTimeout(ctx, stepTime)
 	defer cancel()
 	err := n.conf.Judge.Ended(ctx, rec.Home, rec.Job, Placement{n.conf.Self, rec.Epoch}, *rec.End)
@@ -344,6 +374,9 @@ func (n *Node) settleCopy(ctx context.Context, cp *jobCopy) error {
 	}
 	if err != nil {
 		return err
+	}
+	if rec.Phase == running && st.State == control.Running {
+		go n.watch(cp)
 	}
 	r, epoch := diagnose(rec.Phase, st.State), rec.Epoch
 	if r == ask {

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -54,7 +55,7 @@ func benchMigrate(ctx context.Context, env *Env, bundle string, sizes []int, run
 	if err != nil {
 		return nil, err
 	}
-	defer b.Close()
+	defer func() { err = errors.Join(err, b.Close()) }()
 	for _, mib := range sizes {
 		byHand := "criu dump, tar over TLS, criu restore"
 		down := &pairs{name: fmt.Sprintf("migrate-downtime-%dMiB", mib), unit: "s", peerName: byHand}

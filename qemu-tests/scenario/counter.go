@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -130,7 +131,7 @@ func (r *Run) awaitJob(ctx context.Context, run *command) (api.JobStatus, error)
 		}
 		select {
 		case <-run.done:
-			return api.JobStatus{}, fmt.Errorf("mosrun ended: %v, %v: %s", run.exit, run.err, run.errs.String())
+			return api.JobStatus{}, fmt.Errorf("mosrun ended: %v, %w: %s", run.exit, errOrNone(run.err), run.errs.String())
 		case <-ctx.Done():
 			return api.JobStatus{}, fmt.Errorf("mosps shows %d jobs, the counter has said %q: %w", len(all), run.output(), err)
 		case <-time.After(200 * time.Millisecond):
@@ -148,7 +149,7 @@ func (r *Run) checkCounter(ctx context.Context, run *command) (string, error) {
 		return "", fmt.Errorf("the counter does not end")
 	}
 	if run.err != nil || run.exit.Status != counterStatus || run.errs.Len() > 0 {
-		return "", fmt.Errorf("mosrun ended with %v, %v, and said %q; want exit status %d", run.exit, run.err, run.errs.String(), counterStatus)
+		return "", fmt.Errorf("mosrun ended with %v, %w, and said %q; want exit status %d", run.exit, errOrNone(run.err), run.errs.String(), counterStatus)
 	}
 	counted, err := r.asDemo(ctx, "", "cat", "counted")
 	if err != nil {
@@ -169,6 +170,14 @@ func (r *Run) checkCounter(ctx context.Context, run *command) (string, error) {
 		err = fmt.Errorf("mosps still shows %+v", left)
 	}
 	return fmt.Sprintf("%d numbers", strings.Count(counted, "\n")), err
+}
+
+// errOrNone lets an error be named that may not be there.
+func errOrNone(err error) error {
+	if err == nil {
+		return errors.New("no error")
+	}
+	return err
 }
 
 // command is one that runs on the head meanwhile.

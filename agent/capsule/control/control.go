@@ -117,6 +117,9 @@ type Request struct {
 	Commit bool   `json:",omitempty"`
 	Signal int    `json:",omitempty"`
 	Group  bool   `json:",omitempty"`
+	// ID names a signal, so that it can be sent again when it is not known whether
+	// it arrived: one that was the last to arrive does not come twice. 0 names none.
+	ID     uint64 `json:",omitempty"`
 	Offset uint64 `json:",omitempty"` // of an output stream: the first byte wanted
 	// Measure fills in Status.Use: it costs a look at every process.
 	Measure bool `json:",omitempty"`

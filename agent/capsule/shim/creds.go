@@ -83,7 +83,9 @@ func checkCore(data []byte, owner control.Owner) error {
 		}
 	}
 	// Every job is behind our filter; one that is not would be behind none here.
-	if e.GetThreadCore().GetSeccompMode() != core.SeccompMode_filter {
+	// CRIU says it of a process only, and puts its other threads behind the same one.
+	mode := e.GetThreadCore().SeccompMode
+	if thread := e.GetTc() == nil; (mode == nil && !thread) || (mode != nil && *mode != core.SeccompMode_filter) {
 		return errors.New("a process without the filter of system calls")
 	}
 	return nil

@@ -24,7 +24,9 @@ func coreImage(f func(*core.ThreadCoreEntry)) []byte {
 		},
 	}
 	f(tc)
-	body, err := proto.Marshal(&core.CoreEntry{Mtype: core.CoreEntry_X86_64.Enum(), ThreadCore: tc})
+	body, err := proto.MarshalOptions{AllowPartial: true}.Marshal(&core.CoreEntry{Mtype: core.CoreEntry_X86_64.Enum(), ThreadCore: tc, Tc: &core.TaskCoreEntry{
+		TaskState: proto.Uint32(1), ExitCode: proto.Uint32(0), Personality: proto.Uint32(0), Flags: proto.Uint32(0), BlkSigset: proto.Uint64(0), Comm: proto.String("x"),
+	}})
 	if err != nil {
 		panic(err)
 	}
@@ -47,6 +49,7 @@ func TestForgedImageIsRefused(t *testing.T) {
 		"capabilities":        func(c *core.ThreadCoreEntry) { c.Creds.CapPrm[1] = 1 },
 		"no credentials":      func(c *core.ThreadCoreEntry) { c.Creds = nil },
 		"filter":              func(c *core.ThreadCoreEntry) { c.SeccompMode = core.SeccompMode_disabled.Enum() },
+		"filter of":           func(c *core.ThreadCoreEntry) { c.SeccompMode = nil },
 	} {
 		err := checkCore(coreImage(f), owner)
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {

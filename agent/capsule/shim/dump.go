@@ -120,6 +120,9 @@ func (s *shim) seal(ctx context.Context, st control.Status, images *os.File) err
 		return err
 	}
 	im := image{Leader: st.Leader, Program: st.Program, Pids: pids, Pipes: s.pipes, CPUMicros: s.cpuMicros()}
+	s.mu.Lock()
+	im.LastSignal = s.lastSignal // no other one can come now
+	s.mu.Unlock()
 	if im.Tids, err = threadsOf(pids); err != nil {
 		return err
 	}

@@ -46,6 +46,8 @@ type shim struct {
 	status control.Status
 	// ended is how the leader ended, once it has. settle decides what that means.
 	ended *syscall.WaitStatus
+	// lastSignal is the ID of the last signal that the job was sent, here or before.
+	lastSignal uint64
 	// verdict takes the decision about a dumped job; finished closes when it
 	// is carried out. Both are there in state Dumped only.
 	verdict  chan bool
@@ -208,20 +210,26 @@ func (s *shim) kill(ctx context.Context) error {
 // the leader's too; it has all signals blocked, but KILL and STOP cannot be.
 // While the job is being dumped it takes none: one that comes after CRIU has read
 // the process's pending signals would be lost by the move.
-func (s *shim) signal(sig syscall.Signal, group bool) error {
+func (s *shim) signal(req control.Request) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.status
 	if st.State != control.Running {
 		return fault.New(fault.Refused, "signal", "capsule "+s.conf.ID, "it is "+string(st.State), "try again in a moment")
 	}
-	target := st.Program
-	if group && sig != unix.SIGKILL && sig != unix.SIGSTOP {
+	if req.ID != 0 && req.ID == s.lastSignal {
+		return nil
+	}
+	sig, target := syscall.Signal(req.Signal), st.Program
+	if req.Group && sig != unix.SIGKILL && sig != unix.SIGSTOP {
 		target = -st.Leader
 	}
 	err := unix.Kill(target, sig)
 	if err == unix.ESRCH { // the program is gone; daemons of its may be left
 		return fault.New(fault.NotFound, "signal", "program of capsule "+s.conf.ID, fmt.Errorf("it has ended: %w", err), "")
+	}
+	if err == nil {
+		s.lastSignal = req.ID
 	}
 	return err
 }

@@ -79,6 +79,9 @@ func (s *shim) restore(ctx context.Context, images *os.File, owner control.Owner
 	s.adoptJob(im.Leader, im.Program, ended, pipes, im.Streams)
 	s.cpuBefore.Store(im.CPUMicros)
 	s.mu.Lock()
+	s.lastSignal = im.LastSignal
+	s.mu.Unlock()
+	s.mu.Lock()
 	s.set(control.Restored)
 	s.mu.Unlock()
 	s.settle()

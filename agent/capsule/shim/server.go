@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -139,7 +138,7 @@ func (s *shim) do(c *net.UnixConn, req control.Request, files []*os.File) error 
 	case control.Kill:
 		return s.kill(ctx)
 	case control.Signal:
-		return s.signal(syscall.Signal(req.Signal), req.Group)
+		return s.signal(req)
 	case control.Quit:
 		return s.kill(ctx)
 	}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -106,8 +107,8 @@ func (b *Bench) newCluster(ctx context.Context) (*cluster, error) {
 }
 
 func (c *cluster) close() {
-	for i := len(c.closers) - 1; i >= 0; i-- {
-		c.closers[i]()
+	for _, f := range slices.Backward(c.closers) {
+		f()
 	}
 }
 
@@ -135,12 +136,12 @@ func (c *cluster) listen(ctx context.Context, id api.NodeID) error {
 			go func() {
 				tc := conn.(*tls.Conn)
 				if tc.HandshakeContext(ctx) != nil {
-					tc.Close()
+					_ = tc.Close()
 					return
 				}
 				from, err := identity.NodeOf(tc.ConnectionState().PeerCertificates[0])
 				if err != nil {
-					tc.Close()
+					_ = tc.Close()
 					return
 				}
 				server.Serve(ctx, tc, from)
@@ -223,8 +224,8 @@ func (c *cluster) follow(ctx context.Context, job migrate.JobID, at api.NodeID, 
 	if err != nil {
 		return err
 	}
-	defer o.Close()
-	stop := context.AfterFunc(ctx, func() { o.Close() })
+	defer func() { _ = o.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = o.Close() })
 	defer stop()
 	for buf := make([]byte, 4096); ; {
 		n, err := o.Read(buf)

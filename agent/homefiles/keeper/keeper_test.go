@@ -1,0 +1,151 @@
+package keeper
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"mosimg/agent/homefiles/home"
+	"mosimg/agent/homefiles/wire"
+	"mosimg/agent/migrate"
+	"mosimg/internal/api"
+	"mosimg/internal/fault"
+)
+
+// The test binary is also the keeper that the client starts.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 2 && os.Args[1] == Verb {
+		if Main(context.Background(), os.Args[2], slog.New(slog.DiscardHandler)) != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func newClient(t *testing.T) *Client {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it acts as other users")
+	}
+	dir := t.TempDir()
+	return NewClient(ClientConfig{
+		Socket: filepath.Join(dir, "s"), LogFile: filepath.Join(dir, "log"), Self: 1,
+		Owner: func(migrate.JobID) (home.Cred, error) { return home.Cred{UID: 1000, GID: 1000}, nil },
+	})
+}
+
+// greet opens a session as a node's mount does and tells how it is answered.
+func greet(t *testing.T, c *Client, node api.NodeID, job string, epoch uint64) wire.Kind {
+	t.Helper()
+	conn, err := c.Session(t.Context(), node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	hello := wire.Hello{Capsule: job, Session: wire.SessionID{byte(epoch), byte(node)}, Epoch: epoch}
+	if _, err := conn.Write(wire.AppendFrame(nil, wire.KindHello, 0, hello.Append(nil))); err != nil {
+		t.Fatal(err)
+	}
+	h, _, err := wire.ReadFrame(conn, wire.MaxGreeting)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h.Kind
+}
+
+// A node is served a job's files from Prepare on, and after the next Commit no more.
+func TestWhoIsServed(t *testing.T) {
+	c, ctx := newClient(t), t.Context()
+	const job = migrate.JobID("1-2-3")
+	if locks, err := c.Locks(ctx, job); err != nil || len(locks) > 0 {
+		t.Errorf("without a keeper: %v, %v; want nothing", locks, err)
+	}
+	at := func(node api.NodeID, epoch uint64) migrate.Placement {
+		return migrate.Placement{Node: node, Epoch: epoch}
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(node api.NodeID, epoch uint64, kind wire.Kind) {
+		t.Helper()
+		if got := greet(t, c, node, string(job), epoch); got != kind {
+			t.Errorf("node %d in epoch %d is answered with kind %d; want %d", node, epoch, got, kind)
+		}
+	}
+	must(c.Prepare(ctx, job, at(1, 1), at(2, 2)))
+	must(c.Prepare(ctx, job, at(1, 1), at(2, 2))) // an order may come again
+	want(2, 2, wire.KindWelcome)
+	want(3, 2, wire.KindRefused) // another node
+	want(2, 3, wire.KindRefused) // another epoch
+	must(c.Sync(ctx, job))
+	must(c.Commit(ctx, job, at(2, 2), nil))
+	must(c.Settle(ctx, job))
+	must(c.Prepare(ctx, job, at(2, 2), at(3, 3)))
+	want(3, 3, wire.KindWelcome)
+	must(c.Abort(ctx, job, at(3, 3)))
+	want(3, 3, wire.KindRefused)
+	want(2, 2, wire.KindWelcome) // it goes on
+	must(c.Prepare(ctx, job, at(2, 2), at(3, 4)))
+	must(c.Commit(ctx, job, at(3, 4), nil))
+	want(2, 2, wire.KindRefused)
+	must(c.Reclaim(ctx, job, at(2, 5)))
+	want(3, 4, wire.KindRefused) // it never ran
+	must(c.Remove(ctx, job))
+	want(2, 2, wire.KindRefused)
+	if err := c.Commit(ctx, "unknown", at(2, 2), nil); err != nil {
+		t.Errorf("commit of a job that has no guests: %v; want nothing", err)
+	}
+}
+
+// What is no request is refused, and the keeper goes on.
+func TestBadRequests(t *testing.T) {
+	c := newClient(t)
+	if err := c.Prepare(t.Context(), "j", migrate.Placement{Node: 1, Epoch: 1}, migrate.Placement{Node: 2, Epoch: 2}); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"\n", "{\n", "GET / HTTP/1.1\r\n", strings.Repeat("x", 2*maxLine) + "\n"} {
+		conn, err := net.Dial("unix", c.conf.Socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, line) //nolint:errcheck // it may have hung up already
+		if a, err := io.ReadAll(conn); err == nil && len(a) > 0 {
+			t.Errorf("%.20q is answered with %q; want nothing", line, a)
+		}
+		conn.Close()
+	}
+	if _, err := c.ask(t.Context(), request{Op: "dance", Job: "j"}, false); fault.KindOf(err) != fault.Usage {
+		t.Errorf("unknown operation: %v; want a fault of kind Usage", err)
+	}
+	if _, err := c.ask(t.Context(), request{Op: opPrepare, Job: "k", Epoch: 2, Node: 2, OwnerEpoch: 1, OwnerNode: 1}, false); fault.KindOf(err) != fault.Usage {
+		t.Errorf("no owner: %v; want a fault of kind Usage", err)
+	}
+	if err := c.Remove(t.Context(), "j"); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+func FuzzReadLine(f *testing.F) {
+	line, _ := json.Marshal(request{Op: opCommit, Job: "j", Epoch: 3, Pids: map[uint32]uint32{1: 2}})
+	f.Add(append(line, '\n'))
+	f.Add([]byte("{}\nrest"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		r := bytes.NewReader(data)
+		if _, err := readLine(r); err == nil {
+			if i := bytes.IndexByte(data, '\n'); len(data)-r.Len() != i+1 {
+				t.Errorf("%d bytes were read; the line has %d", len(data)-r.Len(), i+1)
+			}
+		}
+	})
+}

@@ -1,0 +1,72 @@
+package process
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "works":
+			Ready(nil)
+			time.Sleep(time.Minute)
+			os.Exit(0)
+		case "fails":
+			Ready(errors.New("no such device"))
+			os.Exit(1)
+		case "dies":
+			os.Exit(1)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+// A process outlives who started it and is known again; a later one with the same
+// number is not taken for it.
+func TestStartAliveEnd(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	id, err := Start(log, "works")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !id.Alive() {
+		t.Error("it does not live")
+	}
+	if (ID{PID: id.PID, Start: id.Start + 1}).Alive() {
+		t.Error("another process of that number is taken for it")
+	}
+	if !(ID{PID: id.PID, Start: id.Start + 1}).End() || !id.Alive() {
+		t.Error("the end of another process was its end")
+	}
+	if !id.End() || id.Alive() {
+		t.Error("it does not end")
+	}
+	if !id.End() {
+		t.Error("to end it again is not nothing")
+	}
+}
+
+func TestStartFails(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	for verb, want := range map[string]string{"fails": "no such device", "dies": "died at once"} {
+		if _, err := Start(log, verb); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("Start(%s) = %v; want %q", verb, err, want)
+		}
+	}
+}
+
+func TestParseStat(t *testing.T) {
+	tail := strings.Repeat(" 0", 18) + " 4711 0"
+	for stat, want := range map[string]uint64{
+		"1 (a) S" + tail: 4711, "1 (a) b) S" + tail: 4711, "1 (a) Z" + tail: 0, "": 0, "1 (a": 0,
+	} {
+		if got, err := parseStat(stat); got != want || (err == nil) != (want != 0) {
+			t.Errorf("parseStat(%q) = %d, %v; want %d", stat, got, err, want)
+		}
+	}
+}
