@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -125,6 +126,7 @@ func (c *cluster) mosrunFrom(on *machine, dir, script string, stdin io.Reader, a
 	j := &job{c: c, home: on, done: make(chan struct{})}
 	j.cmd = c.shell(on, dir, script, append([]string{c.bin + "/mosagent", "mosrun", "--socket", on.socket()}, argv...)...)
 	j.cmd.Stdin, j.cmd.Stdout, j.cmd.Stderr = stdin, &j.out, &j.errs
+	j.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // as a shell does, so that ctrl-Z can stop it
 	if err := j.cmd.Start(); err != nil {
 		c.t.Fatal(err)
 	}

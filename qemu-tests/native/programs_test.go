@@ -37,7 +37,8 @@ var programs = []program{
 	{"perl", []string{"perl", "sort"}, func(dir string) error { return os.WriteFile(dir, []byte(perlProgram), 0o644) },
 		`perl ../perl-input`},
 	{"sqlite", []string{"sqlite3"}, transactions,
-		`sqlite3 db <../sqlite-input; sqlite3 db 'pragma integrity_check; select count(*), sum(length(b)), sum(n) from t, c; select * from t order by a' >result; head -2 result; rm db`},
+		`sqlite3 db 'create table t(a integer primary key, b text); create index i on t(b); create table c(n integer); insert into c values(0)'
+		for part in ../sqlite-input/*; do sqlite3 db <$part; sleep 0.2; done; sqlite3 db 'pragma integrity_check; select count(*), sum(length(b)), sum(n) from t, c; select * from t order by a' >result; head -2 result; rm db`},
 	{"git", []string{"git"}, tree,
 		`export HOME=$PWD GIT_AUTHOR_DATE='1000000000 +0000' GIT_COMMITTER_DATE='1000000000 +0000'
 		git init -q -b main r; cd r; git config user.name n; git config user.email e; git config gc.auto 0
@@ -139,14 +140,21 @@ func sources(dir string) error {
 	return nil
 }
 
-// transactions are SQL that writes in many small transactions.
-func transactions(file string) error {
-	var b strings.Builder
-	b.WriteString("pragma synchronous=off; create table t(a integer primary key, b text); create index i on t(b); create table c(n integer); insert into c values(0);\n")
-	for i := range 1500 {
-		fmt.Fprintf(&b, "begin immediate; insert into t(b) values('%x'); update c set n=n+1; update t set b=b||'x' where a=%d; commit;\n", i*7919%10007, i/2)
+// transactions are files of SQL that writes in many small transactions.
+func transactions(dir string) error {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
 	}
-	return os.WriteFile(file, []byte(b.String()), 0o644)
+	for part := range 30 {
+		var b strings.Builder
+		for i := part * 100; i < part*100+100; i++ {
+			fmt.Fprintf(&b, "begin immediate; insert into t(b) values('%x'); update c set n=n+1; update t set b=b||'x' where a=%d; commit;\n", i*7919%10007, i/2)
+		}
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("part%02d", part)), []byte(b.String()), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // pythonProgram has threads that compute, write to files and hand results on.
@@ -292,38 +300,45 @@ func TestProgramsMove(t *testing.T) {
 					t.Skipf("needs %s", n)
 				}
 			}
-			c := c.in(t)
-			home := c.all[0]
-			input := filepath.Join(c.dir, p.name+"-input")
-			if err := p.inputs(input); err != nil {
-				t.Fatal(err)
-			}
-			native, moved := c.folder(p.name+"-native"), c.folder(p.name+"-moved")
-			began := time.Now()
-			want, err := c.shell(home, native, ":", "sh", "-e", "-c", p.script).CombinedOutput()
-			if err != nil {
-				t.Fatalf("without mosrun: %v: %s", err, want)
-			}
-			alone := time.Since(began)
-			began = time.Now()
-			j := c.mosrun(home, moved, "sh", "-e", "-c", p.script)
-			y := j.travels()
-			t.Logf("%.1f s alone, %.1f s on the way: %v", alone.Seconds(), time.Since(began).Seconds(), y)
-			if status := j.ends(); status != 0 || j.errs.String() != "" {
-				t.Errorf("it ended with %d, %q", status, j.errs.String())
-			}
-			if diff := cmp.Diff(string(want), j.out.String()); diff != "" {
-				t.Errorf("it has printed (-without mosrun +moved):\n%.2000s", diff)
-			}
-			if out, err := exec.Command("diff", "-rq", "--no-dereference", native, moved).CombinedOutput(); err != nil {
-				t.Errorf("it has left other files: %v: %.2000s", err, out)
-			}
-			if y.moves == 0 {
-				t.Error("it was never moved")
-			}
-			os.RemoveAll(native)
-			os.RemoveAll(moved)
-			os.RemoveAll(input)
+			c.in(t).moved(p)
 		})
 	}
+	for name, steer := range steerings {
+		t.Run(name, func(t *testing.T) { steer(c.in(t)) })
+	}
+}
+
+// moved runs a program without mosrun and with it.
+func (c *cluster) moved(p program) {
+	t, home := c.t, c.all[0]
+	input := filepath.Join(c.dir, p.name+"-input")
+	if err := p.inputs(input); err != nil {
+		t.Fatal(err)
+	}
+	native, moved := c.folder(p.name+"-native"), c.folder(p.name+"-moved")
+	began := time.Now()
+	want, err := c.shell(home, native, ":", "sh", "-e", "-c", p.script).CombinedOutput()
+	if err != nil {
+		t.Fatalf("without mosrun: %v: %s", err, want)
+	}
+	alone := time.Since(began)
+	began = time.Now()
+	j := c.mosrun(home, moved, "sh", "-e", "-c", p.script)
+	y := j.travels()
+	t.Logf("%.1f s alone, %.1f s on the way: %v", alone.Seconds(), time.Since(began).Seconds(), y)
+	if status := j.ends(); status != 0 || j.errs.String() != "" {
+		t.Errorf("it ended with %d, %q", status, j.errs.String())
+	}
+	if diff := cmp.Diff(string(want), j.out.String()); diff != "" {
+		t.Errorf("it has printed (-without mosrun +moved):\n%.2000s", diff)
+	}
+	if out, err := exec.Command("diff", "-rq", "--no-dereference", native, moved).CombinedOutput(); err != nil {
+		t.Errorf("it has left other files: %v: %.2000s", err, out)
+	}
+	if y.moves == 0 {
+		t.Error("it was never moved")
+	}
+	os.RemoveAll(native)
+	os.RemoveAll(moved)
+	os.RemoveAll(input)
 }
