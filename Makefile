@@ -57,11 +57,13 @@ demo: ## Build an image and boot a cluster from it in QEMU
 	$(WITH_GO) go run ./cmd/mosimg lab demo --images $(OUT)
 
 .PHONY: soak
-soak: ## Long fuzzing of every parser (FUZZTIME=1m each); not in CI
+soak: ## Long fuzzing (FUZZTIME=1m each) and many faults (MOSIMG_FAULTS=300); not in CI
 	$(WITH_GO) for pkg in $$(go list ./...); do \
 	  for f in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
 	    echo "== $$pkg $$f"; go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(or $(FUZZTIME),1m) $$pkg; \
 	  done; done
+	test -d $(OUT)-criu || { echo "no $(OUT)-criu: make test builds it" >&2; exit 1; }
+	$(WITH_GO) MOSIMG_CRIU="$(abspath $(OUT))-criu" MOSIMG_FAULTS=$(or $(MOSIMG_FAULTS),300) go test $(AS_ROOT) -count=1 -timeout 3h -run Faults -v ./qemu-tests/native
 
 .PHONY: clean
 clean: ## Remove what the targets above made here

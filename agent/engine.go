@@ -84,7 +84,7 @@ func (a *Agent) openEngine(self api.NodeID) (*engine, error) {
 	client := migrate.Client{Dial: a.dialMigrate}
 	e.node, err = migrate.OpenNode(migrate.NodeConfig{
 		Self: self, Dir: filepath.Join(dir, nodeDir), Cgroup: group,
-		CRIU: a.criu, Pages: func() pages.Protocol { return pages.ProtocolOf(a.inventory().CRIU.Version) }, Machine: a.machine, Roots: e.roots,
+		CRIU: a.criu, Pages: func() pages.Protocol { return pages.ProtocolOf(a.inventory().CRIU.Version) }, Machine: a.machine, Roots: e.roots, RootLost: e.roots.Lost,
 		Dial: a.dialMigrate, Lease: a.cfg.Lease, RootJobs: a.cfg.RootJobs, Log: a.log,
 		Judge: homeJudge{self: self, home: func() *migrate.Home { return e.home }, others: client},
 	})

@@ -87,6 +87,13 @@ func (n *Node) renewCopy(ctx context.Context, cp *jobCopy) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, leaseHold)
 	defer cancel()
+	if err := n.rootLost(rec); err != nil {
+		n.log.Warn("a guest is killed", "job", rec.Job, "home", rec.Home, "why", err)
+		if err := cp.c.Kill(ctx); err != nil { // watch sees its end
+			n.log.Warn("lease of a guest", "err", err)
+		}
+		return
+	}
 	asked := time.Now()
 	v, _, err := n.conf.Judge.Ask(ctx, rec.Home, rec.Job, Placement{n.conf.Self, rec.Epoch})
 	log := n.log.With("job", rec.Job, "home", rec.Home)

@@ -33,6 +33,9 @@ type NodeConfig struct {
 	// Machine is what this one is, as far as it is known now.
 	Machine func() Machine
 	Roots   Roots
+	// RootLost tells why a copy's tree is gone for good, or nil; if it is not
+	// set, trees do not go.
+	RootLost func(home api.NodeID, job JobID, epoch uint64) error
 	// RootJobs lets in root's jobs of other homes.
 	RootJobs bool
 	// Lease is how long a guest's home may be unreachable before the guest is killed; 0 is DefaultLease.
@@ -158,27 +161,39 @@ func (cp *jobCopy) record() copyRecord {
 	return cp.rec
 }
 
-// create makes a copy with an empty capsule.
-func (n *Node) create(ctx context.Context, home api.NodeID, job JobID, epoch uint64) (*jobCopy, error) {
-	name := capsuleName(job, epoch)
-	if err := job.check(); err != nil {
+// create makes a copy with an empty capsule; the caller unlocks turn. It is
+// journalled before anything of it is there, so that an agent that dies
+// meanwhile leaves nothing that the next one does not know of.
+func (n *Node) create(ctx context.Context, o Order) (*jobCopy, error) {
+	if err := o.Job.check(); err != nil {
 		return nil, err
 	}
-	root, err := n.conf.Roots.Open(ctx, home, job, epoch)
-	if err != nil {
-		return nil, err
+	name := capsuleName(o.Job, o.Epoch)
+	cp := &jobCopy{
+		c:   capsule.Attach(name, n.capsuleDir(name), n.capsuleGroup(name)),
+		rec: copyRecord{Job: o.Job, Home: o.Home, Epoch: o.Epoch, Root: o.Epoch, Capsule: name, Phase: prepared, Source: o.Source, Owner: o.Owner},
 	}
-	c, err := capsule.Start(ctx, capsule.Config{Exe: n.conf.Exe, Config: control.Config{
-		ID: name, Dir: n.capsuleDir(name), Cgroup: n.capsuleGroup(name), Root: root, CRIU: n.conf.CRIU(),
-	}})
-	if err != nil {
-		return nil, errors.Join(err, n.closeRoot(ctx, home, job, epoch))
-	}
-	cp := &jobCopy{c: c, rec: copyRecord{Job: job, Home: home, Epoch: epoch, Root: epoch, Capsule: name}}
 	cp.heard.Store(time.Now().UnixNano())
+	cp.turn.Lock()
+	err := n.note(cp, func(*copyRecord) {})
+	if err != nil {
+		cp.turn.Unlock()
+		return nil, err
+	}
 	n.mu.Lock()
-	n.copies[copyKey{job, epoch}] = cp
+	n.copies[copyKey{o.Job, o.Epoch}] = cp
 	n.mu.Unlock()
+	root, err := n.conf.Roots.Open(ctx, o.Home, o.Job, o.Epoch)
+	if err == nil {
+		_, err = capsule.Start(ctx, capsule.Config{Exe: n.conf.Exe, Config: control.Config{
+			ID: name, Dir: n.capsuleDir(name), Cgroup: n.capsuleGroup(name), Root: root, CRIU: n.conf.CRIU(),
+		}})
+	}
+	if err != nil {
+		err = errors.Join(err, n.remove(ctx, cp))
+		cp.turn.Unlock()
+		return nil, err
+	}
 	return cp, nil
 }
 
@@ -190,13 +205,6 @@ func (n *Node) welcome(op string, o Order, owner control.Owner) error {
 	return nil
 }
 
-// closeRoot closes a root also when the caller has hung up.
-func (n *Node) closeRoot(ctx context.Context, home api.NodeID, job JobID, epoch uint64) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepTime)
-	defer cancel()
-	return n.conf.Roots.Close(ctx, home, job, epoch)
-}
-
 // Start implements Peer.
 func (n *Node) Start(ctx context.Context, o Order, spec control.Spec) error {
 	if n.copyOf(o.Job, o.Epoch) != nil {
@@ -205,18 +213,15 @@ func (n *Node) Start(ctx context.Context, o Order, spec control.Spec) error {
 	if err := n.welcome("start", o, spec.Owner()); err != nil {
 		return err
 	}
-	cp, err := n.create(ctx, o.Home, o.Job, o.Epoch)
+	o.Owner = spec.Owner()
+	cp, err := n.create(ctx, o)
 	if err != nil {
 		return err
 	}
-	cp.turn.Lock()
 	defer cp.turn.Unlock()
-	// Journalled first: after a crash in between, Settle finds an empty capsule and
-	// a home that knows of no such job.
-	if err = n.note(cp, func(r *copyRecord) { r.Phase, r.Owner = prepared, spec.Owner() }); err == nil {
-		_, err = cp.c.Run(ctx, spec)
-	}
-	if err == nil {
+	// After a crash in between, Settle finds an empty capsule and a home that
+	// knows of no such job.
+	if _, err = cp.c.Run(ctx, spec); err == nil {
 		err = n.note(cp, func(r *copyRecord) { r.Phase = running })
 	}
 	if err != nil {
@@ -300,8 +305,21 @@ func (n *Node) watch(cp *jobCopy) {
 	}
 }
 
+// rootLost tells why a copy's tree is gone for good, or nil.
+func (n *Node) rootLost(rec copyRecord) error {
+	if n.conf.RootLost == nil {
+		return nil
+	}
+	return n.conf.RootLost(rec.Home, rec.Job, rec.Root)
+}
+
 // noteEnd journals the end of a copy and tells its home.
 func (n *Node) noteEnd(ctx context.Context, cp *jobCopy, end End) error {
+	// A program whose files have gone from under it ends in some way of its own,
+	// which says nothing about it.
+	if err := n.rootLost(cp.record()); err != nil && end.Lost == "" {
+		end.Lost = err.Error()
+	}
 	if err := n.note(cp, func(r *copyRecord) { r.Phase, r.End = ended, &end }); err != nil {
 		return err
 	}
@@ -374,6 +392,9 @@ func (n *Node) settleCopy(ctx context.Context, cp *jobCopy) error {
 	}
 	if err != nil {
 		return err
+	}
+	if rec.Phase == gone {
+		st.State = noShim // whatever is left of it, the home was told that it never ran
 	}
 	if rec.Phase == running && st.State == control.Running {
 		go n.watch(cp)

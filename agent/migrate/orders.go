@@ -39,16 +39,12 @@ func (n *Node) Prepare(ctx context.Context, o Order) error {
 		}
 		return nil
 	}
-	cp, err := n.create(ctx, o.Home, o.Job, o.Epoch)
+	cp, err := n.create(ctx, o)
 	if err != nil {
 		return err
 	}
-	cp.turn.Lock()
 	defer cp.turn.Unlock()
-	if err = os.MkdirAll(n.imagesDir(cp.rec.Capsule), 0o700); err == nil {
-		err = n.note(cp, func(r *copyRecord) { r.Phase, r.Source, r.Owner = prepared, o.Source, o.Owner })
-	}
-	if err != nil {
+	if err := os.MkdirAll(n.imagesDir(cp.rec.Capsule), 0o700); err != nil {
 		return errors.Join(err, n.remove(ctx, cp))
 	}
 	return nil
@@ -417,13 +413,15 @@ func (n *Node) Resume(ctx context.Context, o Order) error {
 	default:
 		return n.refuse("resume", o, "it is "+string(p), "")
 	}
-	if _, err := cp.c.Status(ctx); errors.Is(err, capsule.ErrNoShim) {
+	_, err := cp.c.Status(ctx)
+	if errors.Is(err, capsule.ErrNoShim) || n.rootLost(cp.record()) != nil {
+		// Without its files it could do nothing that the source could not do better.
 		if err := n.note(cp, func(r *copyRecord) { r.Phase = gone }); err != nil {
 			return err
 		}
 		return fault.New(fault.NotFound, "resume", "job "+string(o.Job), "the copy died before it ran", "")
 	}
-	err := n.resume(ctx, cp)
+	err = n.resume(ctx, cp)
 	if errors.Is(err, capsule.ErrNoShim) {
 		return nil // it may have run: its end is reported like any other
 	}

@@ -208,11 +208,28 @@ func (m *machine) start(argv ...string) *daemon {
 	}()
 	m.w.t.Cleanup(func() {
 		d.kill()
+		m.w.keepLog(m.name+"-"+filepath.Base(argv[0]), d)
 		if m.w.t.Failed() {
 			m.w.t.Logf("%s: log of %s:\n%s", m.name, filepath.Base(argv[0])+" "+argv[1], d.log.tail())
 		}
 	})
 	return d
+}
+
+// keepLog keeps the whole log of a daemon, if the caller has named a folder for them.
+func (w *world) keepLog(name string, d *daemon) {
+	dir := os.Getenv("MOSIMG_LOGS")
+	if dir == "" {
+		return
+	}
+	f, err := os.Create(filepath.Join(dir, fmt.Sprintf("%s-%d.log", name, d.cmd.Process.Pid)))
+	if err == nil {
+		_, err = io.WriteString(f, d.log.String())
+		f.Close()
+	}
+	if err != nil {
+		w.t.Log(err)
+	}
 }
 
 // kill is kill -9: `ip netns exec` became the program itself.

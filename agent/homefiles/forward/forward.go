@@ -53,6 +53,9 @@ type Config struct {
 	Lease time.Duration
 	// Ready, if not nil, is called once when the mount answers.
 	Ready func()
+	// Failed, if not nil, is called once when the mount must be given up,
+	// before the first request fails because of that.
+	Failed func(error)
 	// Control, if not nil, is called once, before anything is mounted, with
 	// a function that returns when the home has done all page writes that the kernel
 	// has an answer to already. Its error says that one was lost.
@@ -226,8 +229,12 @@ func dupOf(file *os.File) (int, error) {
 func (f *forwarder) fail(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.failed == nil {
-		f.failed = err
+	if f.failed != nil {
+		return
+	}
+	f.failed = err
+	if f.cfg.Failed != nil {
+		f.cfg.Failed(err)
 	}
 }
 

@@ -176,9 +176,11 @@ func (c *Client) Remove(ctx context.Context, job migrate.JobID) error {
 	return err
 }
 
-// Session opens a session of home files for a node that was authenticated.
+// Session opens a session of home files for a node that was authenticated. A
+// keeper that has died is followed by a new one, which knows nothing of the
+// files: it is to say so to the guest, which would wait for the old one otherwise.
 func (c *Client) Session(ctx context.Context, node api.NodeID) (net.Conn, error) {
-	conn, err := c.dial(ctx)
+	conn, err := c.connect(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -141,6 +141,10 @@ func (r *Roots) await(ctx context.Context, m mount) error {
 	return nil
 }
 
+// lostTime bounds the question whether a mount is there, which a process that has
+// one answers at once.
+const lostTime = 2 * time.Second
+
 // openTime bounds a mount; syncTime the writing back of what a job has changed
 // in mapped files, over a slow link.
 const (
@@ -189,6 +193,20 @@ func syncfs(dir string) error {
 		return fmt.Errorf("%s is not mounted", dir) // to sync another file system would sync nothing
 	}
 	return os.NewSyscallError("syncfs", unix.Syncfs(fd))
+}
+
+// Lost tells why a tree that was opened is gone for good, or nil.
+func (r *Roots) Lost(home api.NodeID, job migrate.JobID, epoch uint64) error {
+	if home == r.conf.Self {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lostTime)
+	defer cancel()
+	err := ask(ctx, r.mount(job, epoch), "ready")
+	if err == nil || ctx.Err() != nil { // a mount that is slow is there
+		return nil
+	}
+	return fault.New(fault.Unavailable, "serve home files of", "job "+string(job), err, "")
 }
 
 // Close implements migrate.Roots.

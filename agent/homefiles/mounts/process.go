@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"mosimg/agent/homefiles/forward"
@@ -51,9 +52,11 @@ func Main(ctx context.Context, config string, log *slog.Logger) error {
 	ready, over := make(chan struct{}), make(chan struct{})
 	var drain func(context.Context) error
 	var why error // set before over is closed
+	end := sync.OnceFunc(func() { close(over) })
 	cfg := forward.Config{
 		Capsule: conf.Capsule, Epoch: conf.Epoch, Mountpoint: m.path(mountName), Lease: conf.Lease, Log: log,
 		Ready:   func() { close(ready) },
+		Failed:  func(err error) { why = err; end() },
 		Control: func(f func(context.Context) error) { drain = f },
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			var d net.Dialer
@@ -70,6 +73,11 @@ func Main(ctx context.Context, config string, log *slog.Logger) error {
 	}
 	go answer(ctx, l, func(ctx context.Context, line string) error {
 		select {
+		case <-over: // though it was ready once
+			return why
+		default:
+		}
+		select {
 		case <-ready:
 		case <-over:
 			return why
@@ -81,11 +89,15 @@ func Main(ctx context.Context, config string, log *slog.Logger) error {
 		}
 		return nil
 	})
-	why = forward.Run(ctx, cfg)
-	if why == nil {
-		why = errors.New("the mount is over")
+	err = forward.Run(ctx, cfg)
+	select {
+	case <-over:
+	default:
+		if why = err; why == nil {
+			why = errors.New("the mount is over")
+		}
+		end()
 	}
-	close(over)
 	// Who asks now is told so, for a moment; then the socket is gone, which says the same.
 	time.Sleep(100 * time.Millisecond)
 	return why
