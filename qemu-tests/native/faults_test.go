@@ -50,8 +50,9 @@ var victims = []victim{homeAgent, sourceAgent, destAgent, criuProcess, spareShim
 // round is one fault. All of it is drawn at once, so that a seed gives the
 // same rounds whatever the clock does.
 type round struct {
-	to     int // which of the other nodes
-	delay  time.Duration
+	to     int           // which of the other nodes
+	late   bool          // the move is to be committed first
+	delay  time.Duration // from its begin, or a tenth of it from its commit
 	victim victim
 	down   time.Duration // of an agent
 	cable  int           // whose
@@ -63,13 +64,16 @@ func draw(r *rand.Rand) round {
 		return time.Duration(r.Int64N(int64(d))).Truncate(time.Millisecond)
 	}
 	return round{
-		to: r.IntN(2), delay: upTo(900 * time.Millisecond), victim: victims[r.IntN(len(victims))],
+		to: r.IntN(2), late: r.IntN(3) == 0, delay: upTo(900 * time.Millisecond), victim: victims[r.IntN(len(victims))],
 		down: upTo(2 * time.Second), cable: r.IntN(3), pulled: 200*time.Millisecond + upTo(3800*time.Millisecond),
 	}
 }
 
 func (r round) String() string {
 	s := fmt.Sprintf("after %v %s", r.delay, r.victim)
+	if r.late {
+		s = fmt.Sprintf("%v after the commit %s", r.delay/10, r.victim)
+	}
 	switch r.victim {
 	case homeAgent, sourceAgent, destAgent:
 		s += fmt.Sprintf(" for %v", r.down)
@@ -98,7 +102,12 @@ func TestFaultsDoNoHarm(t *testing.T) {
 		c.canMove()
 		migrated := make(chan error, 1)
 		go func() { migrated <- j.migrate(to) }()
-		time.Sleep(r.delay)
+		if r.late {
+			j.committed()
+			time.Sleep(r.delay / 10)
+		} else {
+			time.Sleep(r.delay)
+		}
 		did := j.strike(r, from, to)
 		t.Logf("round %d: %d to %d, %v (hit %v)", i, from, to, r, did)
 		var err error
@@ -220,6 +229,14 @@ func (j *job) record() (migrate.Record, error) {
 		err = json.Unmarshal(data, &r)
 	}
 	return r, err
+}
+
+// committed waits until the job's move is committed and not over, if that comes.
+func (j *job) committed() {
+	waitFor(4*time.Second, func() bool {
+		r, err := j.record()
+		return err == nil && r.Prev != nil
+	})
 }
 
 // spare calls f on a copy that is not the job, if there is one: that which comes,
