@@ -221,8 +221,11 @@ func (c *cluster) restart(m *machine, down time.Duration) {
 func (j *job) record() (migrate.Record, error) {
 	var r migrate.Record
 	names, err := filepath.Glob(filepath.Join(j.home.dir, "agent/jobs/1/home/records/*.json"))
-	if err != nil || len(names) != 1 {
-		return r, fmt.Errorf("records: %v, %v; want one", names, err)
+	if err != nil {
+		return r, err
+	}
+	if len(names) != 1 {
+		return r, fmt.Errorf("records: %v; want one", names)
 	}
 	data, err := os.ReadFile(names[0])
 	if err == nil {
@@ -286,7 +289,7 @@ func (m *machine) groups(pattern string) []string {
 func (m *machine) procs(pattern string) (pids []int) {
 	for _, g := range m.groups(pattern) {
 		data, _ := os.ReadFile(filepath.Join(g, "cgroup.procs")) // a group that goes has none
-		for _, f := range strings.Fields(string(data)) {
+		for f := range strings.FieldsSeq(string(data)) {
 			if pid, err := strconv.Atoi(f); err == nil && pid > 1 {
 				pids = append(pids, pid)
 			}
@@ -447,7 +450,7 @@ func mosrunOf(j *job, _ migrate.Record) []int { return []int{j.cmd.Process.Pid} 
 // keepers are the machine's keepers of home files.
 func (m *machine) keepers() (pids []int) {
 	out, _ := exec.Command("pgrep", "-f", "homefiles-keeper "+m.dir).Output() // none is no error
-	for _, f := range strings.Fields(string(out)) {
+	for f := range strings.FieldsSeq(string(out)) {
 		if pid, err := strconv.Atoi(f); err == nil {
 			pids = append(pids, pid)
 		}

@@ -95,7 +95,7 @@ func (c *cluster) sweep() {
 for g in $(find . -depth -type d); do echo 1 >$g/cgroup.kill; done; sleep 0.2; find . -depth -type d -exec rmdir {} \; 2>/dev/null; rmdir /sys/fs/cgroup/`+m.cgroup).Run() // as far as it goes
 	}
 	out, _ := exec.Command("pgrep", "-f", "homefiles-(keeper|mount) .*"+c.dir).Output()
-	for _, pid := range strings.Fields(string(out)) {
+	for pid := range strings.FieldsSeq(string(out)) {
 		if n, err := strconv.Atoi(pid); err == nil {
 			if p, err := os.FindProcess(n); err == nil {
 				p.Kill()
