@@ -86,7 +86,8 @@ func parseStatus(r io.Reader) (umask int, ignored []int, err error) {
 				return 0, nil, err
 			}
 			for n := 1; n <= 64; n++ {
-				if bits>>(n-1)&1 != 0 {
+				// 32 and 33 are the C library's own, for threads: no program is told of them.
+				if bits>>(n-1)&1 != 0 && n != 32 && n != 33 {
 					ignored = append(ignored, n)
 				}
 			}
