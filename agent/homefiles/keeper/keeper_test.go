@@ -1,9 +1,7 @@
 package keeper
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"io"
 	"log/slog"
 	"net"
@@ -13,6 +11,7 @@ import (
 	"testing"
 
 	"mosimg/agent/homefiles/home"
+	"mosimg/agent/homefiles/rootsock"
 	"mosimg/agent/homefiles/wire"
 	"mosimg/agent/migrate"
 	"mosimg/internal/api"
@@ -114,7 +113,7 @@ func TestBadRequests(t *testing.T) {
 	if err := c.Prepare(t.Context(), "j", migrate.Placement{Node: 1, Epoch: 1}, migrate.Placement{Node: 2, Epoch: 2}); err != nil {
 		t.Fatal(err)
 	}
-	for _, line := range []string{"\n", "{\n", "GET / HTTP/1.1\r\n", strings.Repeat("x", 2*maxLine) + "\n"} {
+	for _, line := range []string{"\n", "{\n", "GET / HTTP/1.1\r\n", strings.Repeat("x", 2*rootsock.MaxLine) + "\n"} {
 		conn, err := net.Dial("unix", c.conf.Socket)
 		if err != nil {
 			t.Fatal(err)
@@ -125,27 +124,13 @@ func TestBadRequests(t *testing.T) {
 		}
 		conn.Close()
 	}
-	if _, err := c.ask(t.Context(), request{Op: "dance", Job: "j"}, false); fault.KindOf(err) != fault.Usage {
+	if _, err := c.ask(t.Context(), request{Op: "dance", Job: "j"}); fault.KindOf(err) != fault.Usage {
 		t.Errorf("unknown operation: %v; want a fault of kind Usage", err)
 	}
-	if _, err := c.ask(t.Context(), request{Op: opPrepare, Job: "k", Epoch: 2, Node: 2, OwnerEpoch: 1, OwnerNode: 1}, false); fault.KindOf(err) != fault.Usage {
+	if _, err := c.ask(t.Context(), request{Op: opPrepare, Job: "k", Epoch: 2, Node: 2, OwnerEpoch: 1, OwnerNode: 1}); fault.KindOf(err) != fault.Usage {
 		t.Errorf("no owner: %v; want a fault of kind Usage", err)
 	}
 	if err := c.Remove(t.Context(), "j"); err != nil {
 		t.Errorf("afterwards: %v", err)
 	}
-}
-
-func FuzzReadLine(f *testing.F) {
-	line, _ := json.Marshal(request{Op: opCommit, Job: "j", Epoch: 3, Pids: map[uint32]uint32{1: 2}})
-	f.Add(append(line, '\n'))
-	f.Add([]byte("{}\nrest"))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		r := bytes.NewReader(data)
-		if _, err := readLine(r); err == nil {
-			if i := bytes.IndexByte(data, '\n'); len(data)-r.Len() != i+1 {
-				t.Errorf("%d bytes were read; the line has %d", len(data)-r.Len(), i+1)
-			}
-		}
-	})
 }
