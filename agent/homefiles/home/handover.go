@@ -234,9 +234,9 @@ func (s *Server) Locks(id string) []string {
 
 func kindOf(typ uint32) string {
 	if typ == readLock {
-		return "shared"
+		return "read"
 	}
-	return "exclusive"
+	return "write"
 }
 
 // nameOf is the name of an open file for people, if it can be found.

@@ -518,10 +518,10 @@ func (s *Server) copyLocks(old, now *session, pids map[uint32]uint32) {
 		}
 		_ = now.link.Send(wire.KindPolicy, 0, body, nil) // a closed link has nobody to tell
 	}
-	copyFlocks(old, now)
+	copyFlocks(old, now, pids)
 }
 
-func copyFlocks(old, now *session) {
+func copyFlocks(old, now *session, pids map[uint32]uint32) {
 	access := func(f *file) int {
 		fl, _ := unix.FcntlInt(uintptr(f.fd), unix.F_GETFL, 0) // 0 on failure: any will do
 		return fl & unix.O_ACCMODE
@@ -548,7 +548,11 @@ func copyFlocks(old, now *session) {
 		}
 		keep, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
-			break
+			old.srv.log.Error("home files: a lock does not move with its job", "capsule", old.cap.ID, "file", nameOf(fd), "cause", err)
+			continue
+		}
+		if moved, ok := pids[pid]; ok { // who locked may have ended, and left the file to its children
+			pid = moved
 		}
 		g := free[i]
 		g.mu.Lock()
