@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"mosimg/agent/homefiles/home"
 	"mosimg/agent/homefiles/rootsock"
@@ -132,5 +133,75 @@ func TestBadRequests(t *testing.T) {
 	}
 	if err := c.Remove(t.Context(), "j"); err != nil {
 		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// A keeper that nobody needs ends, and takes no job on its way out: its files would be
+// gone with it. Whoever asks is served by the next.
+func TestIdleKeeperEnds(t *testing.T) {
+	c := newClient(t)
+	l, err := rootsock.Listen(c.conf.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- serve(context.Background(), l, slog.New(slog.DiscardHandler), 300*time.Millisecond) }()
+	prepare := func() error {
+		return c.Prepare(t.Context(), "j", migrate.Placement{Node: 1, Epoch: 1}, migrate.Placement{Node: 2, Epoch: 2})
+	}
+	if err := prepare(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		t.Fatalf("a keeper with a job ends: %v", err)
+	case <-time.After(600 * time.Millisecond):
+	}
+	if err := c.Remove(t.Context(), "j"); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("a keeper without a job does not end")
+	}
+	s := &server{ending: true, jobs: make(map[string]bool)}
+	if ending, err := s.add(request{Cred: &home.Cred{}}); !ending || err != nil {
+		t.Errorf("a keeper that ends takes a job: %v, %v", ending, err)
+	}
+	if err := prepare(); err != nil {
+		t.Errorf("after its end: %v", err)
+	}
+	if err := c.Remove(t.Context(), "j"); err != nil {
+		t.Error(err)
+	}
+}
+
+// Two keepers would each know half of the jobs: the second waits for the end of the first.
+func TestOneKeeper(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	unlock, err := lock(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	locked := make(chan error, 1)
+	go func() {
+		unlock, err := lock(path)
+		if err == nil {
+			unlock()
+		}
+		locked <- err
+	}()
+	select {
+	case err := <-locked:
+		t.Fatalf("a second keeper begins: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	unlock()
+	if err := <-locked; err != nil {
+		t.Error(err)
 	}
 }
