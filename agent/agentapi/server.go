@@ -4,6 +4,7 @@
 package agentapi
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -165,7 +166,11 @@ func (s *Server) httpServer() *http.Server {
 type errorLog struct{ to *slog.Logger }
 
 func (l errorLog) Write(p []byte) (int, error) {
-	l.to.Debug("connection refused", "why", string(p))
+	if bytes.HasPrefix(p, []byte("http: panic serving")) {
+		l.to.Error("a fault in this program", "at", string(p))
+	} else {
+		l.to.Debug("connection refused", "why", string(p))
+	}
 	return len(p), nil
 }
 

@@ -110,7 +110,7 @@ const startTime = 15 * time.Second
 
 // Start makes an empty capsule. Its folder and control groups are made, and are
 // gone again after an error.
-func Start(ctx context.Context, conf Config) (c *Capsule, err error) {
+func Start(ctx context.Context, conf Config) (_ *Capsule, err error) {
 	defer func() {
 		if err != nil {
 			err = fault.New(fault.Environment, "start", "capsule "+conf.ID, err, "")
@@ -122,7 +122,7 @@ func Start(ctx context.Context, conf Config) (c *Capsule, err error) {
 	if err := os.Mkdir(conf.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	c = &Capsule{id: conf.ID, dir: conf.Dir, cgroup: conf.Cgroup}
+	c := &Capsule{id: conf.ID, dir: conf.Dir, cgroup: conf.Cgroup}
 	defer func() {
 		if err != nil {
 			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTime)

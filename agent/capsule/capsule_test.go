@@ -232,3 +232,19 @@ func TestShimDies(t *testing.T) {
 		t.Errorf("Wait = %v; want %v", err, capsule.ErrNoShim)
 	}
 }
+
+// A capsule that cannot be started is an error, and leaves nothing.
+func TestStartFails(t *testing.T) {
+	w := capsuletest.New(t)
+	conf := capsule.Config{Exe: "/bin/true", Config: control.Config{ // no shim
+		ID: "fails", Dir: filepath.Join(w.Run("run"), "fails"), Cgroup: w.Cgroup("fails"), Root: w.Home(), CRIU: w.CRIU,
+	}}
+	if _, err := capsule.Start(t.Context(), conf); err == nil || !strings.Contains(err.Error(), "the shim died") {
+		t.Errorf("Start: %v; want that the shim died", err)
+	}
+	for _, path := range []string{conf.Dir, conf.Cgroup} {
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", path, err)
+		}
+	}
+}

@@ -400,6 +400,9 @@ func (s *standIn) output(c net.Conn, i int, from uint64) (data []byte, end, ok b
 	s.f.mu.Lock()
 	defer s.f.mu.Unlock()
 	for {
+		if s.users[i+1] != c { // another has taken the stream over, and may have acknowledged more
+			return nil, false, false
+		}
 		if from < s.base[i] || from > s.base[i]+uint64(len(s.out[i])) {
 			s.f.t.Errorf("output %d asked for from byte %d; it has %d to %d", i, from, s.base[i], s.base[i]+uint64(len(s.out[i])))
 			return nil, false, false
@@ -409,7 +412,7 @@ func (s *standIn) output(c net.Conn, i int, from uint64) (data []byte, end, ok b
 		if len(data) > 0 || s.eof[i] {
 			return data, len(data) == 0, true
 		}
-		if s.gone || s.users[i+1] != c {
+		if s.gone {
 			return nil, false, false
 		}
 		s.cond.Wait()

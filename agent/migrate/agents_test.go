@@ -43,6 +43,9 @@ type agentConfig struct {
 	Root    control.Root
 }
 
+// rootless is a file that says that the guests' files have gone.
+func (c agentConfig) rootless() string { return filepath.Join(c.Dir, "rootless") }
+
 // command goes to a test agent's stdin, event comes from its stdout.
 type command struct {
 	Do   string // start, move, drive, settle, jobs, forget, go
@@ -127,6 +130,12 @@ func agentMain(args []string) int {
 		Machine: func() migrate.Machine { return migrate.Machine{Version: "test"} },
 		Roots:   oneRoot{conf.Root}, Dial: dial,
 		Judge: judge{conf.ID, home, client},
+		RootLost: func(of api.NodeID, _ migrate.JobID, _ uint64) error {
+			if _, err := os.Stat(conf.rootless()); err == nil && of != conf.ID {
+				return errors.New("the files are gone")
+			}
+			return nil
+		},
 	})
 	if err != nil {
 		log.Error("node", "err", err)

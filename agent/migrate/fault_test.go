@@ -1,6 +1,7 @@
 package migrate_test
 
 import (
+	"os"
 	"testing"
 	"time"
 
@@ -44,6 +45,27 @@ func TestFailures(t *testing.T) {
 			}()
 		}
 	}
+	// inPrepare makes a fault happen when the destination has begun to make its copy.
+	inPrepare := func(fault func(*cluster)) func(*cluster) {
+		return func(c *cluster) {
+			go func() {
+				for range 5000 {
+					if names := c.capsules(dst); len(names) > 0 {
+						fault(c)
+						return
+					}
+					time.Sleep(time.Millisecond)
+				}
+			}()
+		}
+	}
+	filesGo := func(id api.NodeID) func(*cluster) {
+		return func(c *cluster) {
+			if err := os.WriteFile(c.agents[id].conf.rootless(), nil, 0o600); err != nil {
+				t.Error(err)
+			}
+		}
+	}
 	both := func(a, b func(*cluster)) func(*cluster) {
 		return func(c *cluster) { a(c); b(c) }
 	}
@@ -58,6 +80,7 @@ func TestFailures(t *testing.T) {
 		want  api.NodeID
 	}{
 		{"destination's agent before prepare", migrate.StepPrepare, agentDies(dst), src},
+		{"destination's agent in prepare", migrate.StepPrepare, inPrepare(agentDies(dst)), src},
 		{"link to destination before prepare", migrate.StepPrepare, linkCut(home, dst), src},
 		{"home's agent before prepare", migrate.StepPrepare, agentDies(home), src},
 		{"source's shim before prepare", migrate.StepPrepare, shimDies(src), lost},
@@ -87,6 +110,7 @@ func TestFailures(t *testing.T) {
 		{"home's agent before resume", migrate.StepResume, agentDies(home), dst},
 		{"destination's agent before resume", migrate.StepResume, agentDies(dst), dst},
 		{"destination's shim before resume", migrate.StepResume, shimDies(dst), src},
+		{"destination's files before resume", migrate.StepResume, filesGo(dst), src},
 		{"link to destination before resume", migrate.StepResume, linkCut(home, dst), dst},
 		{"all agents before resume", migrate.StepResume, both(agentDies(src), both(agentDies(dst), agentDies(home))), dst},
 
@@ -153,6 +177,7 @@ func (c *cluster) repair(except ...api.NodeID) {
 		}
 	}
 	for a := range c.agents {
+		os.Remove(c.agents[a].conf.rootless())
 		for b := range c.agents {
 			c.cut(a, b, false)
 		}
@@ -163,6 +188,7 @@ func (c *cluster) repair(except ...api.NodeID) {
 // is open.
 func (c *cluster) settle() {
 	c.t.Helper()
+	quiet := 0
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		if e := c.agents[1].must(command{Do: "jobs"}); len(e.Jobs) == 1 {
 			c.agents[1].must(command{Do: "drive", Job: "j"})
@@ -171,7 +197,10 @@ func (c *cluster) settle() {
 		for _, a := range c.agents {
 			open += a.must(command{Do: "settle"}).Open
 		}
-		if open == 0 {
+		if quiet++; open > 0 {
+			quiet = 0
+		}
+		if quiet > 1 { // what is noted at one look may be acted upon at the next
 			return
 		}
 		if time.Now().After(deadline) {

@@ -54,6 +54,9 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 	switch {
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fault.New(fault.Unavailable, "ask the "+c.who, c.socket, "it is not running on this machine", "start it, or run this on the head")
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
+		// What was asked may have been done, or be under way.
+		return fault.New(fault.Unavailable, "ask the "+c.who, c.socket, fmt.Errorf("it ended before it had answered: %w", err), "see what became of it when it is back")
 	case errors.Is(err, os.ErrPermission):
 		return fault.New(fault.Refused, "ask the "+c.who, c.socket, "permission denied", "run this as root")
 	}

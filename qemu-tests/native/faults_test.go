@@ -50,8 +50,9 @@ var victims = []victim{homeAgent, sourceAgent, destAgent, criuProcess, spareShim
 // round is one fault. All of it is drawn at once, so that a seed gives the
 // same rounds whatever the clock does.
 type round struct {
-	to     int // which of the other nodes
-	delay  time.Duration
+	to     int           // which of the other nodes
+	late   bool          // the move is to be committed first
+	delay  time.Duration // from its begin, or a tenth of it from its commit
 	victim victim
 	down   time.Duration // of an agent
 	cable  int           // whose
@@ -63,13 +64,16 @@ func draw(r *rand.Rand) round {
 		return time.Duration(r.Int64N(int64(d))).Truncate(time.Millisecond)
 	}
 	return round{
-		to: r.IntN(2), delay: upTo(900 * time.Millisecond), victim: victims[r.IntN(len(victims))],
+		to: r.IntN(2), late: r.IntN(3) == 0, delay: upTo(900 * time.Millisecond), victim: victims[r.IntN(len(victims))],
 		down: upTo(2 * time.Second), cable: r.IntN(3), pulled: 200*time.Millisecond + upTo(3800*time.Millisecond),
 	}
 }
 
 func (r round) String() string {
 	s := fmt.Sprintf("after %v %s", r.delay, r.victim)
+	if r.late {
+		s = fmt.Sprintf("%v after the commit %s", r.delay/10, r.victim)
+	}
 	switch r.victim {
 	case homeAgent, sourceAgent, destAgent:
 		s += fmt.Sprintf(" for %v", r.down)
@@ -98,7 +102,12 @@ func TestFaultsDoNoHarm(t *testing.T) {
 		c.canMove()
 		migrated := make(chan error, 1)
 		go func() { migrated <- j.migrate(to) }()
-		time.Sleep(r.delay)
+		if r.late {
+			j.committed()
+			time.Sleep(r.delay / 10)
+		} else {
+			time.Sleep(r.delay)
+		}
 		did := j.strike(r, from, to)
 		t.Logf("round %d: %d to %d, %v (hit %v)", i, from, to, r, did)
 		var err error
@@ -212,14 +221,25 @@ func (c *cluster) restart(m *machine, down time.Duration) {
 func (j *job) record() (migrate.Record, error) {
 	var r migrate.Record
 	names, err := filepath.Glob(filepath.Join(j.home.dir, "agent/jobs/1/home/records/*.json"))
-	if err != nil || len(names) != 1 {
-		return r, fmt.Errorf("records: %v, %v; want one", names, err)
+	if err != nil {
+		return r, err
+	}
+	if len(names) != 1 {
+		return r, fmt.Errorf("records: %v; want one", names)
 	}
 	data, err := os.ReadFile(names[0])
 	if err == nil {
 		err = json.Unmarshal(data, &r)
 	}
 	return r, err
+}
+
+// committed waits until the job's move is committed and not over, if that comes.
+func (j *job) committed() {
+	waitFor(4*time.Second, func() bool {
+		r, err := j.record()
+		return err == nil && r.Prev != nil
+	})
 }
 
 // spare calls f on a copy that is not the job, if there is one: that which comes,
@@ -269,7 +289,7 @@ func (m *machine) groups(pattern string) []string {
 func (m *machine) procs(pattern string) (pids []int) {
 	for _, g := range m.groups(pattern) {
 		data, _ := os.ReadFile(filepath.Join(g, "cgroup.procs")) // a group that goes has none
-		for _, f := range strings.Fields(string(data)) {
+		for f := range strings.FieldsSeq(string(data)) {
 			if pid, err := strconv.Atoi(f); err == nil && pid > 1 {
 				pids = append(pids, pid)
 			}
@@ -430,7 +450,7 @@ func mosrunOf(j *job, _ migrate.Record) []int { return []int{j.cmd.Process.Pid} 
 // keepers are the machine's keepers of home files.
 func (m *machine) keepers() (pids []int) {
 	out, _ := exec.Command("pgrep", "-f", "homefiles-keeper "+m.dir).Output() // none is no error
-	for _, f := range strings.Fields(string(out)) {
+	for f := range strings.FieldsSeq(string(out)) {
 		if pid, err := strconv.Atoi(f); err == nil {
 			pids = append(pids, pid)
 		}

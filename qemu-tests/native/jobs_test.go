@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -93,7 +95,7 @@ func (c *cluster) sweep() {
 for g in $(find . -depth -type d); do echo 1 >$g/cgroup.kill; done; sleep 0.2; find . -depth -type d -exec rmdir {} \; 2>/dev/null; rmdir /sys/fs/cgroup/`+m.cgroup).Run() // as far as it goes
 	}
 	out, _ := exec.Command("pgrep", "-f", "homefiles-(keeper|mount) .*"+c.dir).Output()
-	for _, pid := range strings.Fields(string(out)) {
+	for pid := range strings.FieldsSeq(string(out)) {
 		if n, err := strconv.Atoi(pid); err == nil {
 			if p, err := os.FindProcess(n); err == nil {
 				p.Kill()
@@ -115,10 +117,16 @@ type job struct {
 // mosrun starts a job on a machine, in a folder.
 func (c *cluster) mosrun(on *machine, dir string, argv ...string) *job {
 	c.t.Helper()
+	return c.mosrunFrom(on, dir, ":", nil, argv...)
+}
+
+// mosrunFrom is mosrun by a shell that has run a script before, and with a stdin.
+func (c *cluster) mosrunFrom(on *machine, dir, script string, stdin io.Reader, argv ...string) *job {
+	c.t.Helper()
 	j := &job{c: c, home: on, done: make(chan struct{})}
-	// nsenter begins in /.
-	j.cmd = on.command(append([]string{"sh", "-c", `cd "$0" && exec "$@"`, dir, c.bin + "/mosagent", "mosrun", "--socket", on.socket()}, argv...)...)
-	j.cmd.Stdout, j.cmd.Stderr = &j.out, &j.errs
+	j.cmd = c.shell(on, dir, script, append([]string{c.bin + "/mosagent", "mosrun", "--socket", on.socket()}, argv...)...)
+	j.cmd.Stdin, j.cmd.Stdout, j.cmd.Stderr = stdin, &j.out, &j.errs
+	j.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // as a shell does, so that ctrl-Z can stop it
 	if err := j.cmd.Start(); err != nil {
 		c.t.Fatal(err)
 	}
@@ -131,6 +139,12 @@ func (c *cluster) mosrun(on *machine, dir string, argv ...string) *job {
 		<-j.done
 	})
 	return j
+}
+
+// shell is a command on a machine that a shell becomes, in a folder and after a script.
+func (c *cluster) shell(on *machine, dir, script string, argv ...string) *exec.Cmd {
+	// nsenter begins in /.
+	return on.command(append([]string{"sh", "-c", `cd "$0" && ` + script + ` && exec "$@"`, dir}, argv...)...)
 }
 
 // status is what mosps shows of the job.

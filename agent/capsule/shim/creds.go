@@ -44,6 +44,10 @@ func checkCreds(images *os.Root, owner control.Owner) error {
 	return nil
 }
 
+// taskDead is TASK_DEAD of CRIU's criu/include/pstree.h: ended, and not waited
+// for yet.
+const taskDead = 2
+
 // checkCore checks the image of one thread.
 func checkCore(data []byte, owner control.Owner) error {
 	if len(data) < imageHead || binary.LittleEndian.Uint32(data) != imgCommonMagic || binary.LittleEndian.Uint32(data[4:]) != coreMagic {
@@ -59,6 +63,11 @@ func checkCore(data []byte, owner control.Owner) error {
 	}
 	c := e.GetThreadCore().GetCreds()
 	if c == nil {
+		// A zombie has none and gets none: CRIU makes a process that ends at once.
+		// What has a thread, dead or not, is checked as all are.
+		if e.GetThreadCore() == nil && e.GetTc().GetTaskState() == taskDead {
+			return nil
+		}
 		return errors.New("no credentials")
 	}
 	for _, uid := range []uint32{c.GetUid(), c.GetEuid(), c.GetSuid(), c.GetFsuid()} {

@@ -24,8 +24,13 @@ func coreImage(f func(*core.ThreadCoreEntry)) []byte {
 		},
 	}
 	f(tc)
+	return coreOf(1, tc)
+}
+
+// coreOf is the image of a process in a state, of whose thread there is tc.
+func coreOf(state uint32, tc *core.ThreadCoreEntry) []byte {
 	body, err := proto.MarshalOptions{AllowPartial: true}.Marshal(&core.CoreEntry{Mtype: core.CoreEntry_X86_64.Enum(), ThreadCore: tc, Tc: &core.TaskCoreEntry{
-		TaskState: proto.Uint32(1), ExitCode: proto.Uint32(0), Personality: proto.Uint32(0), Flags: proto.Uint32(0), BlkSigset: proto.Uint64(0), Comm: proto.String("x"),
+		TaskState: proto.Uint32(state), ExitCode: proto.Uint32(0), Personality: proto.Uint32(0), Flags: proto.Uint32(0), BlkSigset: proto.Uint64(0), Comm: proto.String("x"),
 	}})
 	if err != nil {
 		panic(err)
@@ -55,6 +60,21 @@ func TestForgedImageIsRefused(t *testing.T) {
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("checkCore = %v; want %q", err, want)
 		}
+	}
+}
+
+// A program need not wait for its children at once: a job with a zombie moves.
+// But what only says that it is one is checked.
+func TestZombieHasNoCredentials(t *testing.T) {
+	owner := control.Owner{UID: 1000}
+	if err := checkCore(coreOf(taskDead, nil), owner); err != nil {
+		t.Errorf("checkCore(zombie) = %v", err)
+	}
+	if err := checkCore(coreOf(1, nil), owner); err == nil {
+		t.Error("checkCore passes a living process without credentials")
+	}
+	if err := checkCore(coreOf(taskDead, &core.ThreadCoreEntry{}), owner); err == nil {
+		t.Error("checkCore passes a zombie that has a thread without credentials")
 	}
 }
 

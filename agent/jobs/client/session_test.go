@@ -160,6 +160,10 @@ func TestNoByteIsLostOrDoubled(t *testing.T) {
 				t.Errorf("seed %d: an output is not what was put in", seed)
 			}
 		}
+		// mosrun does not wait until the agent has read it.
+		for end := time.Now().Add(10 * time.Second); !agent.Jobs()[0].Done() && time.Now().Before(end); {
+			time.Sleep(10 * time.Millisecond)
+		}
 		if !agent.Jobs()[0].Done() {
 			t.Errorf("seed %d: the agent was not told that the end was taken", seed)
 		}
