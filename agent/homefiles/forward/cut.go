@@ -283,28 +283,3 @@ func processOf(tid uint32) uint32 {
 	}
 	return 0
 }
-
-// drainStep is how often drain looks.
-const drainStep = 5 * time.Millisecond
-
-// drain waits until no write is left that was answered before the home did.
-func (f *forwarder) drain(ctx context.Context) error {
-	for {
-		f.mu.Lock()
-		left, lost, over := len(f.early)+len(f.held), len(f.lost), f.over
-		f.mu.Unlock()
-		switch {
-		case lost > 0:
-			return fault.New(fault.Environment, "write back", "home files", "the home could not write pages that were changed during a cut", "")
-		case over:
-			return fault.New(fault.Unavailable, "write back", "home files", "the mount is over", "")
-		case left == 0:
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fault.New(fault.Unavailable, "write back", "home files", fmt.Errorf("%d writes are not at home: %w", left, ctx.Err()), "")
-		case <-time.After(drainStep):
-		}
-	}
-}

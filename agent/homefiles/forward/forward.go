@@ -56,10 +56,8 @@ type Config struct {
 	// Failed, if not nil, is called once when the mount must be given up,
 	// before the first request fails because of that.
 	Failed func(error)
-	// Control, if not nil, is called once, before anything is mounted, with
-	// a function that returns when the home has done all page writes that the kernel
-	// has an answer to already. Its error says that one was lost.
-	Control func(drain func(context.Context) error)
+	// Control, if not nil, is called once, before anything is mounted.
+	Control func(Control)
 	// Log gets what happens to the link; nil is silent.
 	Log *slog.Logger
 }
@@ -108,6 +106,8 @@ type forwarder struct {
 	held    []heldBack             // requests that wait until early is empty
 	passing bool                   // held is being sent
 	lost    map[uint64]int32       // errors of early writes, by node id, for the next FSYNC
+	writers map[uint64]uint64      // files open for writing: handle to node id
+	syncers map[uint32]int         // threads that sync them
 	strays  map[uint64]wire.Opcode // abandoned requests whose reply is still to come
 	own     uint64                 // counts the requests that are our own
 	over    bool                   // nothing is forwarded any more
@@ -118,7 +118,8 @@ type locker struct{ node, owner uint64 }
 
 type waiting struct {
 	wire.InHeader
-	pages bool // a write of dirty pages
+	pages  bool // a write of dirty pages
+	writer bool // an open for writing
 }
 
 type heldBack struct {
@@ -140,7 +141,8 @@ func Run(ctx context.Context, cfg Config) error {
 	f := &forwarder{
 		cfg: cfg, log: cfg.Log, dev: cfg.Device, notes: newQueue(),
 		waiting: make(map[uint64]*waiting), lockers: make(map[locker]bool), movedIn: make(map[uint32]bool),
-		early: make(map[uint64]uint64), lost: make(map[uint64]int32), strays: make(map[uint64]wire.Opcode),
+		early: make(map[uint64]uint64), lost: make(map[uint64]int32),
+		writers: make(map[uint64]uint64), syncers: make(map[uint32]int), strays: make(map[uint64]wire.Opcode),
 	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
@@ -150,7 +152,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	if cfg.Control != nil {
-		cfg.Control(f.drain)
+		cfg.Control(Control{f})
 	}
 	if f.dev == nil {
 		dev, err := Mount(cfg.Mountpoint)

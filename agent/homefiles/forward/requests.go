@@ -17,6 +17,10 @@ func (f *forwarder) fromKernel(msg []byte, buf *link.Buf) {
 		buf.Free()
 		return
 	}
+	if f.syncing(h, body) {
+		buf.Free()
+		return
+	}
 	switch h.Opcode {
 	case wire.OpDestroy:
 		f.writeKernel(wire.Reply(h.Unique, 0))
@@ -39,6 +43,8 @@ func (f *forwarder) fromKernel(msg []byte, buf *link.Buf) {
 		}
 	case wire.OpSetlk, wire.OpSetlkw:
 		f.noteLock(h, body)
+	case wire.OpRelease:
+		f.noteRelease(body)
 	}
 	f.mu.Lock()
 	if f.over {
@@ -50,7 +56,7 @@ func (f *forwarder) fromKernel(msg []byte, buf *link.Buf) {
 		return
 	}
 	if hasReply(h.Opcode) {
-		w := &waiting{InHeader: h}
+		w := &waiting{InHeader: h, writer: forWriting(h.Opcode, body)}
 		if in, _, ok := wire.As[wire.WriteIn](body); ok && h.Opcode == wire.OpWrite {
 			w.pages = in.WriteFlags&wire.WriteCache != 0
 		}
@@ -101,7 +107,11 @@ func (f *forwarder) flushIsLocal(h wire.InHeader, body []byte) bool {
 	if !f.flush {
 		return true
 	}
-	in.TGID = processOf(h.PID)
+	// Who is being killed lets go of nothing: it may be a copy that never ran
+	// and whose locks go back. What has ended is told to the home by itself.
+	if !dying(h.PID) {
+		in.TGID = processOf(h.PID)
+	}
 	return false
 }
 
@@ -165,6 +175,9 @@ func (f *forwarder) reply(fh wire.Header, buf *link.Buf) {
 			buf.Free()
 			return
 		}
+	}
+	if w.writer && h.Error == 0 {
+		f.noteWriter(w.InHeader, body)
 	}
 	f.mu.Unlock()
 	if fh.Flags&wire.FlagAfterNotify != 0 {

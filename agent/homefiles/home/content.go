@@ -194,14 +194,22 @@ func (c *call) write(in *wire.WriteIn, data []byte) (answer, error) {
 			how |= rwfDsync
 		}
 	}
-	n, err := retry(func() (int, error) {
-		if how == 0 {
-			return unix.Pwrite(f.fd, data[:in.Size], int64(in.Offset))
+	n := 0
+	for {
+		m, err := retry(func() (int, error) {
+			if how == 0 {
+				return unix.Pwrite(f.fd, data[n:in.Size], int64(in.Offset)+int64(n))
+			}
+			return unix.Pwritev2(f.fd, [][]byte{data[:in.Size]}, int64(in.Offset), how)
+		})
+		if err != nil {
+			return answer{}, err
 		}
-		return unix.Pwritev2(f.fd, [][]byte{data[:in.Size]}, int64(in.Offset), how)
-	})
-	if err != nil {
-		return answer{}, err
+		// A program can be told that its write was cut short, by a full disk for
+		// one. Of pages the kernel asks only whether there was an error.
+		if n += m; n == int(in.Size) || m == 0 || in.WriteFlags&wire.WriteCache == 0 {
+			break
+		}
 	}
 	return answer{body: wire.Bytes(&wire.WriteOut{Size: uint32(n)})}, nil
 }

@@ -1,6 +1,8 @@
 package home
 
 import (
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -69,6 +71,20 @@ func (ss *session) file(fh uint64) (*file, error) {
 	return f, nil
 }
 
+// openFiles are all open files, in the order in which they were opened, each with a
+// reference.
+func (ss *session) openFiles() []*file {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	var all []*file
+	for _, fh := range slices.Sorted(maps.Keys(ss.files)) {
+		if f := ss.files[fh]; f.ref() {
+			all = append(all, f)
+		}
+	}
+	return all
+}
+
 // closeFile is RELEASE and RELEASEDIR.
 func (ss *session) closeFile(fh uint64) {
 	ss.mu.Lock()
@@ -93,10 +109,13 @@ func (ss *session) unlockFile(fh uint64) {
 		return
 	}
 	defer f.unref()
+	ss.mu.Lock()
+	unsettled := ss.unsettled
+	ss.mu.Unlock()
 	f.mu.Lock()
 	if f.flockPID != 0 {
 		_ = unix.Flock(f.fd, unix.LOCK_UN) // cannot fail
-		if f.flock >= 0 {
+		if f.flock >= 0 && !unsettled {
 			_ = unix.Flock(f.flock, unix.LOCK_UN) // as above
 		}
 	}

@@ -3,7 +3,7 @@ package home
 import (
 	"fmt"
 	"os"
-	"strings"
+	"slices"
 
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
@@ -13,8 +13,19 @@ import (
 // served nothing, but nothing of it is closed.
 type heldOwner struct {
 	placement
-	session *session          // nil if the job was at home, or never asked for a file
-	pids    map[uint32]uint32 // as given to Commit
+	session *session // nil if the job was at home, or never asked for a file
+}
+
+// find gives a capsule, with its turn, which the caller gives back.
+func (s *Server) find(op, id string) (*capsule, error) {
+	s.mu.Lock()
+	c := s.capsules[id]
+	s.mu.Unlock()
+	if c == nil {
+		return nil, fault.New(fault.NotFound, op, id, "no such capsule", "")
+	}
+	c.turn.Lock()
+	return c, nil
 }
 
 // Prepare admits a session of epoch from node beside the current one, for the
@@ -60,19 +71,20 @@ func (s *Server) dropNext(c *capsule) {
 }
 
 // Commit makes a prepared epoch the only one that is served, and holds up the
-// one before; its locks go to the new one. pids maps processes of the job
+// one before; its locks are the new one's too. pids maps processes of the job
 // from their numbers at the old node to those at the new one, each as the
 // forwarder there sees them; locks of a process that is not in it are
 // dropped with the old session. Committing the current epoch again is no
 // fault: the caller may be going through its journal.
 func (s *Server) Commit(id string, epoch uint64, pids map[uint32]uint32) error {
 	const op = "commit home files of capsule"
+	c, err := s.find(op, id)
+	if err != nil {
+		return err
+	}
+	defer c.turn.Unlock()
 	s.mu.Lock()
-	c := s.capsules[id]
 	switch {
-	case c == nil:
-		s.mu.Unlock()
-		return fault.New(fault.NotFound, op, id, "no such capsule", "")
 	case epoch == c.Epoch:
 		s.mu.Unlock()
 		return nil
@@ -83,16 +95,17 @@ func (s *Server) Commit(id string, epoch uint64, pids map[uint32]uint32) error {
 	before := c.held // the caller has not settled an earlier move: it is past
 	old, now := c.sessions[c.Epoch], c.sessions[epoch]
 	delete(c.sessions, c.Epoch)
-	c.held = &heldOwner{placement{c.Epoch, c.Node}, old, pids}
+	c.held = &heldOwner{placement{c.Epoch, c.Node}, old}
 	c.Epoch, c.Node, c.next = epoch, c.next.node, nil
 	s.mu.Unlock()
 	before.end()
 	if old != nil {
 		// No request of the old session may be under way when its locks
-		// change hands.
+		// are copied.
 		old.hold()
 		if now != nil {
-			s.moveLocks(old, now, pids)
+			now.setUnsettled(true)
+			s.copyLocks(old, now, pids)
 		}
 	}
 	return nil
@@ -100,18 +113,23 @@ func (s *Server) Commit(id string, epoch uint64, pids map[uint32]uint32) error {
 
 // Reclaim gives a capsule back to the placement that Commit held up, in a new
 // epoch, and ends the session that took its place and never ran. Its forwarder goes on
-// as before, with the epoch that it always said. Doing it again is no fault.
+// as before, with the epoch that it always said, and with its locks, which nobody
+// could have had meanwhile. Doing it again is no fault.
 func (s *Server) Reclaim(id string, epoch uint64) error {
 	const op = "take back home files of capsule"
+	c, err := s.find(op, id)
+	if err != nil {
+		return err
+	}
+	defer c.turn.Unlock()
 	s.mu.Lock()
-	c := s.capsules[id]
 	switch {
-	case c == nil:
-		s.mu.Unlock()
-		return fault.New(fault.NotFound, op, id, "no such capsule", "")
 	case epoch == c.Epoch:
 		s.mu.Unlock()
 		return nil
+	case epoch < c.Epoch:
+		s.mu.Unlock()
+		return fault.New(fault.Refused, op, id, "epoch is before the current one", "")
 	case c.held == nil:
 		s.mu.Unlock()
 		return fault.New(fault.Refused, op, id, "nobody had it before, or it was settled", "")
@@ -133,14 +151,6 @@ func (s *Server) Reclaim(id string, epoch uint64) error {
 	}
 	s.mu.Unlock()
 	if dead != nil {
-		dead.fence()
-		if h.session != nil {
-			back := make(map[uint32]uint32, len(h.pids))
-			for from, to := range h.pids {
-				back[to] = from
-			}
-			s.moveLocks(dead, h.session, back)
-		}
 		dead.end()
 	}
 	if h.session != nil {
@@ -151,12 +161,18 @@ func (s *Server) Reclaim(id string, epoch uint64) error {
 
 // Settle ends what Commit held up. It is no fault if there is none.
 func (s *Server) Settle(id string) {
-	s.mu.Lock()
-	var h *heldOwner
-	if c := s.capsules[id]; c != nil {
-		h, c.held = c.held, nil
+	c, err := s.find("settle home files of capsule", id)
+	if err != nil {
+		return
 	}
+	defer c.turn.Unlock()
+	s.mu.Lock()
+	h, now := c.held, c.sessions[c.Epoch]
+	c.held = nil
 	s.mu.Unlock()
+	if now != nil {
+		now.setUnsettled(false)
+	}
 	h.end()
 }
 
@@ -167,7 +183,14 @@ func (h *heldOwner) end() {
 	}
 }
 
-// Locks are the files that a capsule holds locks on, in words.
+func (ss *session) setUnsettled(is bool) {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.unsettled = is
+}
+
+// Locks are the files that a capsule holds locks on, in words and in order.
+// Processes have the numbers that they have at its node.
 func (s *Server) Locks(id string) []string {
 	s.mu.Lock()
 	var ss *session
@@ -179,34 +202,48 @@ func (s *Server) Locks(id string) []string {
 		return nil
 	}
 	var all []string
-	tell := func(kind string, fd int, pid uint32) {
-		name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
-		if err != nil {
-			name = "a file"
-		}
-		all = append(all, fmt.Sprintf("process %d has a lock (%s) on %s", pid, kind, strings.TrimSuffix(name, " (deleted)")))
-	}
 	t := &s.locks
 	t.mu.Lock()
+	tell := func(h *held) {
+		for _, r := range h.ranges {
+			all = append(all, fmt.Sprintf("process %d has a %s lock (fcntl) on %s of %s", h.pid, kindOf(r.typ), r, nameOf(h.fd)))
+		}
+	}
 	for own, h := range t.owners {
-		if own.ss == ss && len(h.ranges) > 0 {
-			tell("fcntl", h.fd, h.pid)
+		if own.ss == ss {
+			tell(h)
 		}
 	}
 	for _, m := range t.moved {
-		if m.ss == ss && len(m.h.ranges) > 0 {
-			tell("fcntl", m.h.fd, m.h.pid)
+		if m.ss == ss {
+			tell(m.h)
 		}
 	}
 	t.mu.Unlock()
-	ss.mu.Lock()
-	defer ss.mu.Unlock()
-	for _, f := range ss.files {
+	for _, f := range ss.openFiles() {
 		f.mu.Lock()
 		if f.flockPID != 0 && f.flockType != unlock {
-			tell("flock", f.fd, f.flockPID)
+			all = append(all, fmt.Sprintf("process %d has a %s lock (flock) on %s", f.flockPID, kindOf(f.flockType), nameOf(f.fd)))
 		}
 		f.mu.Unlock()
+		f.unref()
 	}
+	slices.Sort(all)
 	return all
+}
+
+func kindOf(typ uint32) string {
+	if typ == readLock {
+		return "read"
+	}
+	return "write"
+}
+
+// nameOf is the name of an open file for people, if it can be found.
+func nameOf(fd int) string {
+	name, err := os.Readlink(procFD(fd))
+	if err != nil {
+		return "a file"
+	}
+	return name
 }

@@ -94,6 +94,9 @@ type capsule struct {
 	users map[uint32]*Cred
 	root  inodeKey
 	rootM *mount
+	// turn is held by the one Commit, Reclaim or Settle that is under way: who
+	// asks again, having waited too long for the first, gets its outcome.
+	turn sync.Mutex
 	// The following is guarded by Server.mu.
 	next *placement // admitted by Prepare
 	held *heldOwner // held up by Commit

@@ -3,6 +3,7 @@ package home
 import (
 	"encoding/binary"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -28,11 +29,26 @@ type held struct {
 	ranges rangeSet
 	pid    uint32          // process that locked, in the node's numbers
 	files  map[uint64]bool // the open files (fh) it locked through
+	// copied says that fd shares its locks with that of an earlier placement,
+	// which is held up.
+	copied bool
+}
+
+// close ends what is held. Locks that an earlier placement has too are its own
+// still, unless the job has let go of them, as only one that runs can: then it
+// will not be taken back.
+func (h *held) close(letGo bool) {
+	if h.copied && letGo {
+		_ = h.fcntl(lockRange{0, endOfFile, unlock}) // unlocking does not fail
+	}
+	unix.Close(h.fd)
 }
 
 // moved is a held that came with a capsule to a new node, whose kernel does
 // not know of it and has another number for its owner. It becomes the
-// property of the first owner that its process uses on the inode.
+// property of the first owner that its process uses on the inode. The old node's
+// session has one of its own, of the same open file description and so of the same
+// locks, until it is settled.
 type moved struct {
 	ss *session
 	h  *held
@@ -279,17 +295,17 @@ func (h *held) upgrade(of int) error {
 	if err != nil {
 		return err
 	}
-	old := h.fd
+	old := *h
 	h.fd = fd
 	for _, r := range h.ranges {
 		if err := h.fcntl(r); err != nil {
-			h.fd = old
+			h.fd = old.fd
 			unix.Close(fd)
 			return err
 		}
 	}
-	unix.Close(old)
-	h.write = true
+	old.close(true)
+	h.write, h.copied = true, false
 	return nil
 }
 
@@ -311,14 +327,17 @@ func (t *lockTable) find(own lockOwner, pid uint32) *held {
 	return nil
 }
 
-// drop ends what an owner holds. mu is held.
-func (t *lockTable) drop(own lockOwner) {
+// drop lets go of what an owner holds. mu is held.
+func (t *lockTable) drop(own lockOwner) { t.end(own, true) }
+
+// end ends what an owner holds; letGo as in held.close. mu is held.
+func (t *lockTable) end(own lockOwner, letGo bool) {
 	h := t.owners[own]
 	if h == nil {
 		return
 	}
 	delete(t.owners, own)
-	unix.Close(h.fd)
+	h.close(letGo)
 	t.wake(own.key)
 }
 
@@ -433,7 +452,7 @@ func (t *lockTable) dropSession(ss *session) {
 	defer t.mu.Unlock()
 	for own := range t.owners {
 		if own.ss == ss {
-			t.drop(own)
+			t.end(own, false)
 		}
 	}
 	t.dropMovedLocked(func(m moved) bool { return m.ss == ss })
@@ -453,40 +472,42 @@ func (t *lockTable) dropMovedLocked(which func(moved) bool) {
 			kept = append(kept, m)
 			continue
 		}
-		unix.Close(m.h.fd)
+		m.h.close(false) // it may be of a copy that never ran
 		t.wake(m.h.key)
 	}
 	t.moved = kept
 }
 
-// moveLocks gives what the old session holds to the new one, without letting
-// go of anything. The descriptors that the restore has opened in the new
-// session get the flocks: for each, one of the same inode and access mode,
-// in the order in which both were opened.
-func (s *Server) moveLocks(old, now *session, pids map[uint32]uint32) {
+// copyLocks gives what the old session holds to the new one too, without letting
+// go of anything: descriptors of the same open file descriptions, which the locks
+// belong to. They are gone when neither has them any more. The files that the
+// restore has opened in the new session get the flocks: for each, one of the same
+// inode and access mode, in the order in which both were opened.
+func (s *Server) copyLocks(old, now *session, pids map[uint32]uint32) {
 	t := &s.locks
 	t.mu.Lock()
 	var named []uint32
-	for own, h := range t.owners {
-		if own.ss != old {
-			continue
-		}
+	hand := func(h *held) {
 		pid, ok := pids[h.pid]
 		if !ok {
-			continue // dropped with its session
+			return // dropped with its session
 		}
-		h.pid = pid
-		delete(t.owners, own)
-		t.moved = append(t.moved, moved{now, h})
+		fd, err := unix.FcntlInt(uintptr(h.fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			s.log.Error("home files: a lock does not move with its job", "capsule", old.cap.ID, "file", nameOf(h.fd), "cause", err)
+			return
+		}
+		t.moved = append(t.moved, moved{now, &held{key: h.key, fd: fd, write: h.write, ranges: slices.Clone(h.ranges), pid: pid, copied: true}})
 		named = append(named, pid)
 	}
-	// Moved once more before their processes have used them.
-	for i := range t.moved {
-		if m := &t.moved[i]; m.ss == old {
-			if pid, ok := pids[m.h.pid]; ok {
-				m.ss, m.h.pid = now, pid
-				named = append(named, pid)
-			}
+	for own, h := range t.owners {
+		if own.ss == old {
+			hand(h)
+		}
+	}
+	for _, m := range t.moved { // moved once more before their processes have used them
+		if m.ss == old {
+			hand(m.h)
 		}
 	}
 	t.mu.Unlock()
@@ -497,27 +518,20 @@ func (s *Server) moveLocks(old, now *session, pids map[uint32]uint32) {
 		}
 		_ = now.link.Send(wire.KindPolicy, 0, body, nil) // a closed link has nobody to tell
 	}
-	moveFlocks(old, now)
+	copyFlocks(old, now, pids)
 }
 
-func moveFlocks(old, now *session) {
-	files := func(ss *session) []*file {
-		ss.mu.Lock()
-		defer ss.mu.Unlock()
-		var fs []*file
-		for fh := uint64(1); fh < ss.nextFH; fh++ {
-			if f := ss.files[fh]; f != nil {
-				fs = append(fs, f)
-			}
-		}
-		return fs
-	}
+func copyFlocks(old, now *session, pids map[uint32]uint32) {
 	access := func(f *file) int {
 		fl, _ := unix.FcntlInt(uintptr(f.fd), unix.F_GETFL, 0) // 0 on failure: any will do
 		return fl & unix.O_ACCMODE
 	}
-	free := files(now)
-	for _, f := range files(old) {
+	free := now.openFiles()
+	for _, f := range free {
+		defer f.unref()
+	}
+	for _, f := range old.openFiles() {
+		defer f.unref()
 		f.mu.Lock()
 		fd := f.fd
 		if f.flock >= 0 {
@@ -528,19 +542,22 @@ func moveFlocks(old, now *session) {
 		if pid == 0 || typ == unlock {
 			continue
 		}
-		for i, g := range free {
-			if g == nil || g.in.key != f.in.key || access(g) != access(f) {
-				continue
-			}
-			keep, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-			if err != nil {
-				break
-			}
-			g.mu.Lock()
-			g.flock, g.flockType, g.flockPID = keep, typ, pid
-			g.mu.Unlock()
-			free[i] = nil
-			break
+		i := slices.IndexFunc(free, func(g *file) bool { return g.in.key == f.in.key && access(g) == access(f) })
+		if i < 0 {
+			continue
 		}
+		keep, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			old.srv.log.Error("home files: a lock does not move with its job", "capsule", old.cap.ID, "file", nameOf(fd), "cause", err)
+			continue
+		}
+		if moved, ok := pids[pid]; ok { // who locked may have ended, and left the file to its children
+			pid = moved
+		}
+		g := free[i]
+		g.mu.Lock()
+		g.flock, g.flockType, g.flockPID = keep, typ, pid
+		g.mu.Unlock()
+		free = slices.Delete(free, i, i+1)
 	}
 }

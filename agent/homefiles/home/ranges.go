@@ -1,6 +1,9 @@
 package home
 
-import "math"
+import (
+	"fmt"
+	"math"
+)
 
 // Lock types of fcntl, the same in FUSE (include/uapi/asm-generic/fcntl.h).
 const (
@@ -16,6 +19,16 @@ const endOfFile = math.MaxInt64
 type lockRange struct {
 	start, end uint64
 	typ        uint32
+}
+
+func (r lockRange) String() string {
+	switch {
+	case r.start == 0 && r.end == endOfFile:
+		return "all"
+	case r.end == endOfFile:
+		return fmt.Sprintf("bytes from %d", r.start)
+	}
+	return fmt.Sprintf("bytes %d to %d", r.start, r.end)
 }
 
 // rangeSet is what one owner holds on one inode, as the kernel keeps it: in

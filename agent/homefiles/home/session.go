@@ -41,11 +41,20 @@ type session struct {
 	waits  map[uint64]*waiter // by unique: lock requests that wait
 	busy   int                // requests under way, waiting ones left out
 	fenced bool               // no request is begun any more
+	// unsettled says that the placement before this one may be taken back: what is
+	// closed here may be closed by the death of a copy that never ran, and must not
+	// unlock what both hold.
+	unsettled bool
 	// parked are frames that came while the session was held up.
-	parking bool
-	parked  []parkedFrame
-	ended   bool
+	parking     bool
+	parked      []parkedFrame
+	parkedBytes int
+	ended       bool
 }
+
+// maxParked bounds what is kept of a node whose session is held up. Its job is
+// frozen, so it has little to ask.
+const maxParked = 16 << 20
 
 type parkedFrame struct {
 	h   wire.Header
@@ -220,7 +229,10 @@ func (ss *session) begun(h wire.Header, buf *link.Buf) {
 		ss.mu.Unlock()
 	}
 	if !ss.begin() {
-		buf.Free()
+		// Held up since take looked: the node would wait for ever.
+		if !ss.park(h, buf) {
+			buf.Free()
+		}
 		return
 	}
 	// What a close unlocks is unlocked in the order of requests: whoever has
@@ -335,7 +347,7 @@ func (ss *session) release() {
 	ss.fenced = false
 	for len(ss.parked) > 0 {
 		parked := ss.parked
-		ss.parked = nil
+		ss.parked, ss.parkedBytes = nil, 0
 		ss.mu.Unlock()
 		for _, p := range parked {
 			ss.begun(p.h, p.buf)
@@ -346,15 +358,20 @@ func (ss *session) release() {
 	ss.mu.Unlock()
 }
 
-// park keeps a frame for later if the session is held up.
+// park keeps a frame for later if the session is held up. When it has too many,
+// the connection is cut: the node keeps the rest, and its greetings are refused
+// until the session is released.
 func (ss *session) park(h wire.Header, buf *link.Buf) bool {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	if ss.parking && !ss.ended {
-		ss.parked = append(ss.parked, parkedFrame{h, buf})
-		return true
+	if !ss.parking || ss.ended {
+		return false
 	}
-	return false
+	ss.parked = append(ss.parked, parkedFrame{h, buf})
+	if ss.parkedBytes += len(buf.B); ss.parkedBytes > maxParked {
+		go ss.link.Cut()
+	}
+	return true
 }
 
 // drain waits until all requests that were begun are done.

@@ -2,36 +2,20 @@ package keeper
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"io/fs"
+	"fmt"
 	"log/slog"
 	"net"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"mosimg/agent/homefiles/home"
 	"mosimg/agent/homefiles/process"
+	"mosimg/agent/homefiles/rootsock"
 	"mosimg/agent/migrate"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
 )
-
-// Verb is the first argument that makes a program which calls Main the keeper;
-// the second is the socket.
-const Verb = "homefiles-keeper"
-
-// Main is the keeper's process, started by Client.
-func Main(ctx context.Context, socket string, log *slog.Logger) error {
-	l, err := Listen(socket)
-	process.Ready(err)
-	if err != nil {
-		return err
-	}
-	return Run(ctx, l, log)
-}
 
 // ClientConfig is what a Client needs.
 type ClientConfig struct {
@@ -64,25 +48,16 @@ func NewClient(conf ClientConfig) *Client {
 // askTime bounds a question to a process on this machine; Sync may wait for a disk.
 const askTime = 20 * time.Second
 
-// dial connects to the keeper; nobody there is a fault of kind NotFound.
-func (c *Client) dial(ctx context.Context) (net.Conn, error) {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", c.conf.Socket)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
-		return nil, fault.New(fault.NotFound, "ask", "the keeper of home files", "it does not run", "")
-	}
-	return conn, err
-}
-
-// connect is dial that starts the keeper.
-func (c *Client) connect(ctx context.Context) (net.Conn, error) {
-	conn, err := c.dial(ctx)
-	if fault.KindOf(err) != fault.NotFound || err == nil {
+// dial connects to the keeper and sends the first line; start says whether
+// the keeper is to be started if there is none.
+func (c *Client) dial(ctx context.Context, first request, start bool) (net.Conn, error) {
+	conn, err := rootsock.Dial(ctx, c.conf.Socket, first)
+	if !start || !errors.Is(err, rootsock.ErrNobody) {
 		return conn, err
 	}
 	c.starting.Lock()
 	defer c.starting.Unlock()
-	if conn, err := c.dial(ctx); err == nil {
+	if conn, err := rootsock.Dial(ctx, c.conf.Socket, first); err == nil {
 		return conn, nil
 	}
 	id, err := process.Start(c.conf.LogFile, Verb, c.conf.Socket)
@@ -90,36 +65,54 @@ func (c *Client) connect(ctx context.Context) (net.Conn, error) {
 		return nil, fault.New(fault.Environment, "start", "the keeper of home files", err, "")
 	}
 	c.log.Info("keeper of home files started", "pid", id.PID)
-	return c.dial(ctx)
+	return rootsock.Dial(ctx, c.conf.Socket, first)
 }
 
-// ask asks the keeper; start says whether one is to be started if there is none.
-// Without one, nothing is served, and there is nothing to change.
-func (c *Client) ask(ctx context.Context, r request, start bool) ([]string, error) {
+// ask asks the keeper. Without one, nothing is served, and there is nothing to
+// change: only Prepare starts one.
+func (c *Client) ask(ctx context.Context, r request) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
-	connect := c.dial
-	if start {
-		connect = c.connect
-	}
-	conn, err := connect(ctx)
-	if err != nil {
-		if !start && fault.KindOf(err) == fault.NotFound {
-			return nil, nil
+	a, err := c.askOnce(ctx, r)
+	for again := retries; r.Op == opPrepare && again > 0 && (err != nil || a.Ending); again-- {
+		// That keeper has ended meanwhile, or is about to.
+		select {
+		case <-ctx.Done():
+		case <-time.After(retryPause):
 		}
-		return nil, err
+		a, err = c.askOnce(ctx, r)
 	}
-	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	var a reply
-	if err = json.NewEncoder(conn).Encode(r); err == nil {
-		a, err = readReply(conn)
+	switch {
+	case errors.Is(err, rootsock.ErrNobody) && r.Op != opPrepare:
+		return nil, nil
+	case err == nil && a.Ending:
+		err = errors.New("it ends")
 	}
 	if err != nil {
 		return nil, fault.New(fault.Unavailable, string(r.Op), "home files of job "+r.Job, err, "")
 	}
 	return a.Locks, a.Error.Err()
+}
+
+// A keeper that is ending is given retries × retryPause.
+const (
+	retries    = 10
+	retryPause = 50 * time.Millisecond
+)
+
+func (c *Client) askOnce(ctx context.Context, r request) (a reply, err error) {
+	conn, err := c.dial(ctx, r, r.Op == opPrepare)
+	if err != nil {
+		return a, err
+	}
+	defer conn.Close()
+	stop := rootsock.Bound(ctx, conn)
+	defer stop()
+	err = rootsock.ReadLine(conn, &a)
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return a, err
 }
 
 // Prepare implements migrate.Files.
@@ -131,62 +124,58 @@ func (c *Client) Prepare(ctx context.Context, job migrate.JobID, owner, next mig
 	_, err = c.ask(ctx, request{
 		Op: opPrepare, Job: string(job), Epoch: next.Epoch, Node: next.Node,
 		Cred: &cred, OwnerEpoch: owner.Epoch, OwnerNode: owner.Node,
-	}, true)
+	})
 	return err
 }
 
 // Sync implements migrate.Files.
 func (c *Client) Sync(ctx context.Context, job migrate.JobID) error {
-	_, err := c.ask(ctx, request{Op: opSync, Job: string(job)}, false)
+	_, err := c.ask(ctx, request{Op: opSync, Job: string(job)})
 	return err
 }
 
 // Locks implements migrate.Files.
 func (c *Client) Locks(ctx context.Context, job migrate.JobID) ([]string, error) {
-	return c.ask(ctx, request{Op: opLocks, Job: string(job)}, false)
+	return c.ask(ctx, request{Op: opLocks, Job: string(job)})
 }
 
 // Commit implements migrate.Files.
 func (c *Client) Commit(ctx context.Context, job migrate.JobID, next migrate.Placement, pids map[uint32]uint32) error {
-	_, err := c.ask(ctx, request{Op: opCommit, Job: string(job), Epoch: next.Epoch, Node: next.Node, Pids: pids}, false)
+	_, err := c.ask(ctx, request{Op: opCommit, Job: string(job), Epoch: next.Epoch, Node: next.Node, Pids: pids})
 	return err
 }
 
 // Reclaim implements migrate.Files.
 func (c *Client) Reclaim(ctx context.Context, job migrate.JobID, now migrate.Placement) error {
-	_, err := c.ask(ctx, request{Op: opReclaim, Job: string(job), Epoch: now.Epoch, Node: now.Node}, false)
+	_, err := c.ask(ctx, request{Op: opReclaim, Job: string(job), Epoch: now.Epoch, Node: now.Node})
 	return err
 }
 
 // Settle implements migrate.Files.
 func (c *Client) Settle(ctx context.Context, job migrate.JobID) error {
-	_, err := c.ask(ctx, request{Op: opSettle, Job: string(job)}, false)
+	_, err := c.ask(ctx, request{Op: opSettle, Job: string(job)})
 	return err
 }
 
 // Abort implements migrate.Files.
 func (c *Client) Abort(ctx context.Context, job migrate.JobID, next migrate.Placement) error {
-	_, err := c.ask(ctx, request{Op: opAbort, Job: string(job), Epoch: next.Epoch}, false)
+	_, err := c.ask(ctx, request{Op: opAbort, Job: string(job), Epoch: next.Epoch})
 	return err
 }
 
 // Remove implements migrate.Files.
 func (c *Client) Remove(ctx context.Context, job migrate.JobID) error {
-	_, err := c.ask(ctx, request{Op: opRemove, Job: string(job)}, false)
+	_, err := c.ask(ctx, request{Op: opRemove, Job: string(job)})
 	return err
 }
 
-// Session opens a session of home files for a node that was authenticated. A
-// keeper that has died is followed by a new one, which knows nothing of the
-// files: it is to say so to the guest, which would wait for the old one otherwise.
+// Session opens a session of home files for a node that was authenticated. It
+// starts a keeper too: one that was killed has lost all open files, and guests
+// are told so at once by the next instead of waiting for it.
 func (c *Client) Session(ctx context.Context, node api.NodeID) (net.Conn, error) {
-	conn, err := c.connect(ctx)
+	conn, err := c.dial(ctx, request{Session: node}, true)
 	if err != nil {
-		return nil, err
-	}
-	if err := json.NewEncoder(conn).Encode(request{Session: node}); err != nil {
-		conn.Close()
-		return nil, err
+		return nil, fault.New(fault.Unavailable, "open a session of home files for", fmt.Sprintf("node %d", node), err, "")
 	}
 	return conn, nil
 }

@@ -8,15 +8,14 @@
 package keeper
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,9 +23,15 @@ import (
 
 	"mosimg/agent/capsule/control"
 	"mosimg/agent/homefiles/home"
+	"mosimg/agent/homefiles/process"
+	"mosimg/agent/homefiles/rootsock"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
 )
+
+// Verb is the first argument that makes a program which calls Main the keeper;
+// the second is the socket.
+const Verb = "homefiles-keeper"
 
 // op is what the agent asks for.
 type op string
@@ -60,80 +65,119 @@ type request struct {
 type reply struct {
 	Error *control.Error `json:",omitempty"`
 	Locks []string       `json:",omitempty"`
+	// Ending says that this keeper ends, having had nothing to do; the next
+	// one is to be asked.
+	Ending bool `json:",omitempty"`
 }
 
-// idleTime is how long a keeper without any job waits for the next one.
-const idleTime = 30 * time.Second
-
-// firstLine bounds the wait for a connection's first line, and its length.
+// Times of ending: idleTime is how long a keeper without any job waits for the
+// next one, endTime how long the next keeper waits for the end of this one.
 const (
-	firstLineTime = 10 * time.Second
-	maxLine       = 1 << 20
+	idleTime = 30 * time.Second
+	endTime  = 5 * time.Second
 )
+
+// Main is the keeper's process, started by Client. It ends when ctx does, or
+// when it has had no job for a while.
+func Main(ctx context.Context, socket string, log *slog.Logger) error {
+	raiseNofile(log)
+	unlock, err := lock(socket + ".lock")
+	var l net.Listener
+	if err == nil {
+		defer unlock()
+		l, err = rootsock.Listen(socket)
+	}
+	process.Ready(err)
+	if err != nil {
+		return err
+	}
+	return serve(ctx, l, log, idleTime)
+}
+
+// lock makes this the only keeper of a socket: with two of them, a job's files
+// would be open in one and asked for in the other.
+func lock(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for until := time.Now().Add(endTime); ; time.Sleep(20 * time.Millisecond) {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) || time.Now().After(until) {
+			f.Close()
+			return nil, fault.New(fault.Refused, "keep home files at", path, err, "another keeper runs")
+		}
+	}
+}
+
+// raiseNofile allows as many open files as this machine can have: those of all
+// guests are open here.
+func raiseNofile(log *slog.Logger) {
+	data, err := os.ReadFile("/proc/sys/fs/nr_open")
+	var most uint64
+	if err == nil {
+		most, err = strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64)
+	}
+	if err == nil {
+		err = unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: most, Max: most})
+	}
+	if err != nil {
+		log.Warn("guests share this machine's usual limit of open files", "err", err)
+	}
+}
 
 // server is a running keeper.
 type server struct {
 	home *home.Server
 	log  *slog.Logger
 
-	mu   sync.Mutex // guards the following
-	jobs map[string]bool
-	last time.Time // when the last job went
+	mu sync.Mutex
+	// The following is guarded by mu.
+	jobs   map[string]bool
+	last   time.Time // when the last job went
+	ending bool      // no job is taken any more
 }
 
-// Run serves until ctx ends or there has been nothing to keep for a while.
-func Run(ctx context.Context, l net.Listener, log *slog.Logger) error {
+// serve serves until ctx ends or there has been nothing to keep for idle.
+func serve(ctx context.Context, l net.Listener, log *slog.Logger, idle time.Duration) error {
 	h, err := home.New(home.Config{Log: log})
 	if err != nil {
+		l.Close()
 		return err
 	}
 	defer h.Close()
 	s := &server{home: h, log: log, jobs: make(map[string]bool), last: time.Now()}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
 	go func() {
-		for !s.idle() {
-			time.Sleep(time.Second)
-		}
-		cancel()
-	}()
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
+		defer cancel()
+		for t := time.NewTicker(idle / 30); ; {
+			select {
+			case <-ctx.Done():
+				t.Stop()
+				return
+			case <-t.C:
+				if s.end(idle) {
+					return
+				}
 			}
-			return err
 		}
-		go s.serve(ctx, c)
-	}
+	}()
+	return rootsock.Serve(ctx, l, log, s.connection)
 }
 
-func (s *server) idle() bool {
+// end lets no job begin any more, if there has been none for so long.
+func (s *server) end(idle time.Duration) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.jobs) == 0 && time.Since(s.last) > idleTime
+	s.ending = len(s.jobs) == 0 && time.Since(s.last) > idle
+	return s.ending
 }
 
-func (s *server) serve(ctx context.Context, c net.Conn) {
+func (s *server) connection(ctx context.Context, c net.Conn, req request) {
 	defer c.Close()
-	if err := onlyRoot(c); err != nil {
-		s.log.Warn("refused", "err", err)
-		return
-	}
-	if err := c.SetDeadline(time.Now().Add(firstLineTime)); err != nil {
-		return
-	}
-	req, err := readLine(c)
-	if err != nil {
-		s.log.Warn("connection", "err", err)
-		return
-	}
-	if err := c.SetDeadline(time.Time{}); err != nil {
-		return
-	}
 	if req.Session != 0 {
 		if err := s.home.Serve(ctx, c, req.Session); err != nil {
 			s.log.Info("session", "node", req.Session, "err", err)
@@ -146,87 +190,48 @@ func (s *server) serve(ctx context.Context, c net.Conn) {
 		_, _ = c.Read(make([]byte, 1))
 		cancel()
 	}()
-	var a reply
-	a.Locks, err = s.do(ctx, req)
+	a, err := s.do(ctx, req)
 	a.Error = control.FromError(err)
 	if err := json.NewEncoder(c).Encode(a); err != nil {
 		s.log.Debug("answer", "err", err)
 	}
 }
 
-// readLine reads the first line and not a byte more.
-func readLine(r io.Reader) (req request, err error) {
-	var line []byte
-	for b := make([]byte, 1); ; {
-		if _, err := io.ReadFull(r, b); err != nil {
-			return req, err
+func (s *server) do(ctx context.Context, r request) (a reply, err error) {
+	if r.Op == opPrepare {
+		if a.Ending, err = s.add(r); a.Ending || err != nil {
+			return a, err
 		}
-		if b[0] == '\n' {
-			break
-		}
-		if line = append(line, b[0]); len(line) > maxLine {
-			return req, errors.New("the first line does not end")
-		}
-	}
-	return req, json.Unmarshal(line, &req)
-}
-
-// onlyRoot keeps users out, should the socket's mode ever not.
-func onlyRoot(c net.Conn) error {
-	uc, ok := c.(*net.UnixConn)
-	if !ok {
-		return fmt.Errorf("connection is a %T", c)
-	}
-	rc, err := uc.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var cred *unix.Ucred
-	var cerr error
-	if err := rc.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return err
-	}
-	if cerr == nil && cred.Uid != 0 {
-		cerr = fmt.Errorf("user %d is not root", cred.Uid)
-	}
-	return cerr
-}
-
-func (s *server) do(ctx context.Context, r request) (locks []string, err error) {
-	if !s.knows(r.Job) {
-		if r.Op != opPrepare {
-			return nil, nil // its guests have nothing here
-		}
-		if err := s.add(r); err != nil {
-			return nil, err
-		}
+	} else if !s.knows(r.Job) {
+		return a, nil // its guests have nothing here
 	}
 	switch r.Op {
 	case opPrepare:
-		return nil, s.home.Prepare(r.Job, r.Epoch, r.Node)
+		return a, s.home.Prepare(r.Job, r.Epoch, r.Node)
 	case opSync:
-		return nil, s.home.Sync(ctx, r.Job)
+		return a, s.home.Sync(ctx, r.Job)
 	case opLocks:
-		return s.home.Locks(r.Job), nil
+		a.Locks = s.home.Locks(r.Job)
+		return a, nil
 	case opCommit:
-		return nil, s.home.Commit(r.Job, r.Epoch, r.Pids)
+		return a, s.home.Commit(r.Job, r.Epoch, r.Pids)
 	case opReclaim:
-		return nil, s.home.Reclaim(r.Job, r.Epoch)
+		return a, s.home.Reclaim(r.Job, r.Epoch)
 	case opSettle:
 		s.home.Settle(r.Job)
-		return nil, nil
+		return a, nil
 	case opAbort:
 		s.home.Abort(r.Job, r.Epoch)
-		return nil, nil
+		return a, nil
 	case opRemove:
 		s.home.Remove(r.Job)
 		s.mu.Lock()
 		delete(s.jobs, r.Job)
 		s.last = time.Now()
 		s.mu.Unlock()
-		return nil, nil
+		return a, nil
 	}
-	return nil, fault.New(fault.Usage, "ask the keeper of home files for", string(r.Op), "it does not know that", "it is older than the agent; let the jobs end")
+	return a, fault.New(fault.Usage, "ask the keeper of home files for", string(r.Op), "it does not know that", "it is older than the agent; let the jobs end")
 }
 
 func (s *server) knows(job string) bool {
@@ -235,42 +240,19 @@ func (s *server) knows(job string) bool {
 	return s.jobs[job]
 }
 
-// add begins to serve a job.
-func (s *server) add(r request) error {
+// add begins to serve a job, unless it is served already or this keeper ends.
+func (s *server) add(r request) (ending bool, err error) {
 	if r.Cred == nil {
-		return fault.New(fault.Usage, "serve home files of", "job "+r.Job, "its owner is not told", "")
+		return false, fault.New(fault.Usage, "serve home files of", "job "+r.Job, "its owner is not told", "")
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.jobs[r.Job] {
-		return nil
+	if s.ending || s.jobs[r.Job] {
+		return s.ending, nil
 	}
-	if err := s.home.Add(home.Capsule{ID: r.Job, Root: "/", Node: r.OwnerNode, Epoch: r.OwnerEpoch, Users: []home.Cred{*r.Cred}}); err != nil {
-		return err
+	err = s.home.Add(home.Capsule{ID: r.Job, Root: "/", Node: r.OwnerNode, Epoch: r.OwnerEpoch, Users: []home.Cred{*r.Cred}})
+	if err == nil {
+		s.jobs[r.Job] = true
 	}
-	s.jobs[r.Job] = true
-	return nil
-}
-
-// Listen opens the socket, in place of one that a dead keeper has left.
-func Listen(path string) (net.Listener, error) {
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-		c.Close()
-		return nil, fault.New(fault.Refused, "listen on", path, "another keeper answers there", "")
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	old := unix.Umask(0o177)
-	defer unix.Umask(old)
-	return net.Listen("unix", path)
-}
-
-// readReply reads an answer.
-func readReply(c net.Conn) (a reply, err error) {
-	line, err := bufio.NewReader(io.LimitReader(c, maxLine)).ReadBytes('\n')
-	if err != nil {
-		return a, err
-	}
-	return a, json.Unmarshal(line, &a)
+	return false, err
 }

@@ -1,9 +1,7 @@
 package keeper
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"io"
 	"log/slog"
 	"net"
@@ -11,8 +9,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"mosimg/agent/homefiles/home"
+	"mosimg/agent/homefiles/rootsock"
 	"mosimg/agent/homefiles/wire"
 	"mosimg/agent/migrate"
 	"mosimg/internal/api"
@@ -114,7 +114,7 @@ func TestBadRequests(t *testing.T) {
 	if err := c.Prepare(t.Context(), "j", migrate.Placement{Node: 1, Epoch: 1}, migrate.Placement{Node: 2, Epoch: 2}); err != nil {
 		t.Fatal(err)
 	}
-	for _, line := range []string{"\n", "{\n", "GET / HTTP/1.1\r\n", strings.Repeat("x", 2*maxLine) + "\n"} {
+	for _, line := range []string{"\n", "{\n", "GET / HTTP/1.1\r\n", strings.Repeat("x", 2*rootsock.MaxLine) + "\n"} {
 		conn, err := net.Dial("unix", c.conf.Socket)
 		if err != nil {
 			t.Fatal(err)
@@ -125,10 +125,10 @@ func TestBadRequests(t *testing.T) {
 		}
 		conn.Close()
 	}
-	if _, err := c.ask(t.Context(), request{Op: "dance", Job: "j"}, false); fault.KindOf(err) != fault.Usage {
+	if _, err := c.ask(t.Context(), request{Op: "dance", Job: "j"}); fault.KindOf(err) != fault.Usage {
 		t.Errorf("unknown operation: %v; want a fault of kind Usage", err)
 	}
-	if _, err := c.ask(t.Context(), request{Op: opPrepare, Job: "k", Epoch: 2, Node: 2, OwnerEpoch: 1, OwnerNode: 1}, false); fault.KindOf(err) != fault.Usage {
+	if _, err := c.ask(t.Context(), request{Op: opPrepare, Job: "k", Epoch: 2, Node: 2, OwnerEpoch: 1, OwnerNode: 1}); fault.KindOf(err) != fault.Usage {
 		t.Errorf("no owner: %v; want a fault of kind Usage", err)
 	}
 	if err := c.Remove(t.Context(), "j"); err != nil {
@@ -136,16 +136,72 @@ func TestBadRequests(t *testing.T) {
 	}
 }
 
-func FuzzReadLine(f *testing.F) {
-	line, _ := json.Marshal(request{Op: opCommit, Job: "j", Epoch: 3, Pids: map[uint32]uint32{1: 2}})
-	f.Add(append(line, '\n'))
-	f.Add([]byte("{}\nrest"))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		r := bytes.NewReader(data)
-		if _, err := readLine(r); err == nil {
-			if i := bytes.IndexByte(data, '\n'); len(data)-r.Len() != i+1 {
-				t.Errorf("%d bytes were read; the line has %d", len(data)-r.Len(), i+1)
-			}
+// A keeper that nobody needs ends, and takes no job on its way out: its files would be
+// gone with it. Whoever asks is served by the next.
+func TestIdleKeeperEnds(t *testing.T) {
+	c := newClient(t)
+	l, err := rootsock.Listen(c.conf.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- serve(context.Background(), l, slog.New(slog.DiscardHandler), 300*time.Millisecond) }()
+	prepare := func() error {
+		return c.Prepare(t.Context(), "j", migrate.Placement{Node: 1, Epoch: 1}, migrate.Placement{Node: 2, Epoch: 2})
+	}
+	if err := prepare(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		t.Fatalf("a keeper with a job ends: %v", err)
+	case <-time.After(600 * time.Millisecond):
+	}
+	if err := c.Remove(t.Context(), "j"); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
 		}
-	})
+	case <-time.After(5 * time.Second):
+		t.Fatal("a keeper without a job does not end")
+	}
+	s := &server{ending: true, jobs: make(map[string]bool)}
+	if ending, err := s.add(request{Cred: &home.Cred{}}); !ending || err != nil {
+		t.Errorf("a keeper that ends takes a job: %v, %v", ending, err)
+	}
+	if err := prepare(); err != nil {
+		t.Errorf("after its end: %v", err)
+	}
+	if err := c.Remove(t.Context(), "j"); err != nil {
+		t.Error(err)
+	}
+}
+
+// Two keepers would each know half of the jobs: the second waits for the end of the first.
+func TestOneKeeper(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	unlock, err := lock(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	locked := make(chan error, 1)
+	go func() {
+		unlock, err := lock(path)
+		if err == nil {
+			unlock()
+		}
+		locked <- err
+	}()
+	select {
+	case err := <-locked:
+		t.Fatalf("a second keeper begins: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	unlock()
+	if err := <-locked; err != nil {
+		t.Error(err)
+	}
 }

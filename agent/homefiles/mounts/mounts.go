@@ -12,20 +12,16 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"mosimg/agent/capsule/control"
 	"mosimg/agent/homefiles/forward"
 	"mosimg/agent/homefiles/process"
 	"mosimg/agent/migrate"
 	"mosimg/internal/api"
-	"mosimg/internal/atomicfile"
 	"mosimg/internal/fault"
 )
 
@@ -60,20 +56,25 @@ func New(conf Config) (*Roots, error) {
 	return r, nil
 }
 
+// mount is the folder of one mount.
+type mount string
+
 // A mount has a folder of its own, with these in it. Nothing here may ever be
 // removed by walking: below mountName are the home's files.
 const (
 	mountName   = "root"
 	socketName  = "control"
 	processName = "process.json"
+	newSuffix   = ".new" // of a file that is being written
+	endName     = "end"  // why the mount is over
 	logName     = "log"
 )
 
-// mount is the folder of one mount.
-type mount string
-
-func (r *Roots) mount(job migrate.JobID, epoch uint64) mount {
-	return mount(filepath.Join(r.conf.Dir, string(job)+"."+strconv.FormatUint(epoch, 10)))
+func (r *Roots) mount(job migrate.JobID, epoch uint64) (mount, error) {
+	if name := string(job); name == "" || filepath.Base(name) != name {
+		return "", fault.New(fault.Usage, "name a folder for", fmt.Sprintf("job %q", name), "it is no name of a file", "")
+	}
+	return mount(filepath.Join(r.conf.Dir, string(job)+"."+strconv.FormatUint(epoch, 10))), nil
 }
 
 func (m mount) path(name string) string { return filepath.Join(string(m), name) }
@@ -87,112 +88,80 @@ func (m mount) process() (id process.ID, err error) {
 	return id, json.Unmarshal(data, &id)
 }
 
+// record writes down that this process serves the mount. It does so itself, before
+// anything is mounted, so that no mount is ever without it.
+func (m mount) record() error {
+	id, err := process.Self()
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(id)
+	if err != nil {
+		return err
+	}
+	path := m.path(processName)
+	if err := os.WriteFile(path+newSuffix, data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+newSuffix, path)
+}
+
+// openTime bounds a mount, and lostTime the question whether it is there, which
+// its process answers at once.
+const (
+	openTime = 15 * time.Second
+	lostTime = 2 * time.Second
+)
+
 // Open implements migrate.Roots.
 func (r *Roots) Open(ctx context.Context, home api.NodeID, job migrate.JobID, epoch uint64) (control.Root, error) {
 	if home == r.conf.Self {
 		return control.Root{Dir: "/"}, nil
 	}
-	m := r.mount(job, epoch)
+	m, err := r.mount(job, epoch)
+	if err != nil {
+		return control.Root{}, err
+	}
 	root := control.Root{Dir: m.path(mountName), Guest: true}
+	fail := func(err error) error {
+		return fault.New(fault.Unavailable, "mount home files for", "job "+string(job), err, "")
+	}
+	ctx, cancel := context.WithTimeout(ctx, openTime)
+	defer cancel()
 	if id, err := m.process(); err == nil && id.Alive() {
+		if _, err := m.ask(ctx, question{Op: opReady}); err != nil {
+			return root, fail(err)
+		}
 		return root, nil
 	}
 	if err := m.close(); err != nil { // what an earlier try has left
-		return root, err
+		return root, fail(err)
 	}
-	if err := os.MkdirAll(root.Dir, 0o755); err != nil {
-		return root, err
-	}
-	conf, err := json.Marshal(forwardConfig{
+	if err := m.start(forwardConfig{
 		Dir: string(m), Capsule: string(job), Epoch: epoch, Home: home, Socket: r.conf.Socket, Lease: r.conf.Lease,
-	})
-	if err != nil {
-		return root, err
+	}); err != nil {
+		return root, errors.Join(fail(err), m.close())
 	}
-	id, err := process.Start(m.path(logName), Verb, string(conf))
-	if err == nil {
-		var data []byte
-		if data, err = json.Marshal(id); err == nil {
-			err = atomicfile.Write(m.path(processName), data, 0o600)
+	if _, err := m.ask(ctx, question{Op: opReady}); err != nil {
+		if data, rerr := os.ReadFile(m.path(logName)); rerr == nil && len(data) > 0 {
+			r.log.Warn("home files", "mount", string(m), "log", string(data))
 		}
-		if err != nil {
-			id.End()
-		}
-	}
-	if err == nil {
-		err = r.await(ctx, m)
-	}
-	if err != nil {
-		return root, errors.Join(fault.New(fault.Unavailable, "mount home files for", "job "+string(job), err, ""), m.close())
+		return root, errors.Join(fail(err), m.close())
 	}
 	return root, nil
 }
 
-// await waits until the mount answers.
-func (r *Roots) await(ctx context.Context, m mount) error {
-	ctx, cancel := context.WithTimeout(ctx, openTime)
-	defer cancel()
-	if err := ask(ctx, m, "ready"); err != nil {
-		if data, rerr := os.ReadFile(m.path(logName)); rerr == nil && len(data) > 0 {
-			r.log.Warn("home files", "mount", string(m), "log", string(data))
-		}
+// start starts the process of a mount.
+func (m mount) start(conf forwardConfig) error {
+	if err := os.MkdirAll(m.path(mountName), 0o755); err != nil {
 		return err
 	}
-	return nil
-}
-
-// lostTime bounds the question whether a mount is there, which a process that has
-// one answers at once.
-const lostTime = 2 * time.Second
-
-// openTime bounds a mount; syncTime the writing back of what a job has changed
-// in mapped files, over a slow link.
-const (
-	openTime = 15 * time.Second
-	syncTime = 2 * time.Minute
-)
-
-// Sync implements migrate.Roots.
-func (r *Roots) Sync(ctx context.Context, home api.NodeID, job migrate.JobID, epoch uint64) error {
-	if home == r.conf.Self {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, syncTime)
-	defer cancel()
-	m := r.mount(job, epoch)
-	fail := func(err error) error {
-		return fault.New(fault.Unavailable, "write back home files of", "job "+string(job), err, "")
-	}
-	synced := make(chan error, 1)
-	go func() { synced <- syncfs(m.path(mountName)) }() // it may wait for a link that is gone
-	select {
-	case err := <-synced:
-		if err != nil {
-			return fail(err)
-		}
-	case <-ctx.Done():
-		return fail(fmt.Errorf("the home has not taken them: %w", context.Cause(ctx)))
-	}
-	if err := ask(ctx, m, "drain"); err != nil {
-		return fail(err)
-	}
-	return nil
-}
-
-func syncfs(dir string) error {
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	data, err := json.Marshal(conf)
 	if err != nil {
-		return &os.PathError{Op: "open", Path: dir, Err: err}
+		return err
 	}
-	defer unix.Close(fd)
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(fd, &st); err != nil {
-		return os.NewSyscallError("fstatfs", err)
-	}
-	if st.Type != unix.FUSE_SUPER_MAGIC {
-		return fmt.Errorf("%s is not mounted", dir) // to sync another file system would sync nothing
-	}
-	return os.NewSyscallError("syncfs", unix.Syncfs(fd))
+	_, err = process.Start(m.path(logName), Verb, string(data))
+	return err
 }
 
 // Lost tells why a tree that was opened is gone for good, or nil.
@@ -200,10 +169,20 @@ func (r *Roots) Lost(home api.NodeID, job migrate.JobID, epoch uint64) error {
 	if home == r.conf.Self {
 		return nil
 	}
+	m, err := r.mount(job, epoch)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), lostTime)
 	defer cancel()
-	err := ask(ctx, r.mount(job, epoch), "ready")
-	if err == nil || ctx.Err() != nil { // a mount that is slow is there
+	_, err = m.ask(ctx, question{Op: opReady})
+	if err == nil {
+		return nil
+	}
+	// A mount that is slow is there, and one that this agent, for some reason of
+	// its own, cannot ask.
+	var over overError
+	if id, perr := m.process(); perr == nil && id.Alive() && !errors.As(err, &over) {
 		return nil
 	}
 	return fault.New(fault.Unavailable, "serve home files of", "job "+string(job), err, "")
@@ -214,33 +193,31 @@ func (r *Roots) Close(_ context.Context, home api.NodeID, job migrate.JobID, epo
 	if home == r.conf.Self {
 		return nil
 	}
-	return r.mount(job, epoch).close()
+	m, err := r.mount(job, epoch)
+	if err == nil {
+		err = m.close()
+	}
+	if err != nil {
+		return fault.New(fault.Environment, "unmount home files of", "job "+string(job), err, "")
+	}
+	return nil
 }
 
 // close ends the mount and removes its folder, file by file.
 func (m mount) close() error {
-	if id, err := m.process(); err == nil && !id.End() {
+	id, err := m.process()
+	ended := err != nil || id.End()
+	forward.Unmount(m.path(mountName))
+	// A process that waits in its own mount ends only now.
+	if !ended && !id.End() {
 		return fmt.Errorf("process %d, which serves %s, does not end", id.PID, m)
 	}
-	forward.Unmount(m.path(mountName))
 	var errs []error
-	for _, name := range []string{socketName, processName, logName, mountName, "."} {
+	for _, name := range []string{socketName, processName + newSuffix, processName, endName, logName, mountName, "."} {
 		// rmdir, for a folder: it fails on a mount that is still there.
 		if err := os.Remove(filepath.Clean(m.path(name))); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// dialIn connects to a socket in a folder whose path may be longer than a
-// socket's may be.
-func dialIn(ctx context.Context, dir, name string) (net.Conn, error) {
-	d, err := os.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	var nd net.Dialer
-	return nd.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), name))
 }

@@ -4,7 +4,7 @@
 package process
 
 import (
-	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -23,14 +23,23 @@ type ID struct {
 	Start uint64 // in clock ticks since the machine was started
 }
 
-// maxWord bounds what a process says when it has started.
-const maxWord = 4096
+// Self is this process.
+func Self() (ID, error) {
+	start, err := startTime(os.Getpid())
+	return ID{os.Getpid(), start}, err
+}
+
+// maxWord bounds what a process says when it has started, and wordTime how long it may take.
+const (
+	maxWord  = 4096
+	wordTime = 20 * time.Second
+)
 
 // Start starts this program again with other arguments, in a session of its
 // own. Its file descriptor 3 is a pipe: what it says there before it closes it
 // is returned when that is "ready", and is the error otherwise. Its messages
 // go to the file log.
-func Start(log string, args ...string) (ID, error) {
+func Start(log string, args ...string) (id ID, err error) {
 	out, err := os.OpenFile(log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return ID{}, err
@@ -52,20 +61,28 @@ func Start(log string, args ...string) (ID, error) {
 	if err != nil {
 		return ID{}, err
 	}
-	go cmd.Wait() //nolint:errcheck // its end is seen elsewhere; here it is only reaped
-	word, err := io.ReadAll(io.LimitReader(r, maxWord))
-	if err == nil && string(word) != readyWord {
-		err = fmt.Errorf("%s", bytes.TrimSpace(word))
-		if len(word) == 0 {
-			err = fmt.Errorf("it died at once: see %s", log)
+	defer func() {
+		if err != nil {
+			cmd.Process.Kill() //nolint:errcheck // it may be gone
 		}
-	}
-	id := ID{PID: cmd.Process.Pid}
-	if err == nil {
+		go cmd.Wait() //nolint:errcheck // its end is seen elsewhere; here it is only reaped
+	}()
+	if id.PID = cmd.Process.Pid; err == nil {
 		id.Start, err = startTime(id.PID)
 	}
-	if err != nil {
-		cmd.Process.Kill() //nolint:errcheck // it may be gone
+	if err == nil {
+		err = r.SetReadDeadline(time.Now().Add(wordTime))
+	}
+	var word []byte
+	if err == nil {
+		word, err = io.ReadAll(io.LimitReader(r, maxWord))
+	}
+	switch {
+	case err != nil:
+	case len(word) == 0:
+		err = fmt.Errorf("it died at once: see %s", log)
+	case string(word) != readyWord:
+		err = errors.New(strings.TrimSpace(string(word)))
 	}
 	return id, err
 }
@@ -89,23 +106,42 @@ func (id ID) Alive() bool {
 	return err == nil && start == id.Start
 }
 
-// grace is how long a process may take to end by itself.
+// grace is how long a process may take to end by itself, and after KILL.
 const grace = 3 * time.Second
 
-// End ends the process and returns when it is gone: by TERM, and by KILL if that
-// does not help. It reports whether it ended by itself.
+// End ends the process and reports whether it is gone: by TERM, once, and after a
+// while by KILL, which does not help while it waits in the kernel.
 func (id ID) End() bool {
-	for began := time.Now(); id.Alive(); time.Sleep(5 * time.Millisecond) {
-		switch waited := time.Since(began); {
-		case waited < grace:
-			_ = unix.Kill(id.PID, unix.SIGTERM) // it may end just now
-		case waited < 2*grace:
-			_ = unix.Kill(id.PID, unix.SIGKILL) // as above
-		default:
-			return false
+	fd, err := unix.PidfdOpen(id.PID, 0)
+	if err != nil {
+		return !id.Alive()
+	}
+	defer unix.Close(fd)
+	// The descriptor is of this process only if the number is still its own.
+	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGKILL} {
+		if !id.Alive() {
+			return true
+		}
+		_ = unix.PidfdSendSignal(fd, sig, nil, 0) // it may end just now
+		if ended(fd) {
+			return true
 		}
 	}
-	return true
+	return !id.Alive()
+}
+
+// ended waits for the end of a process.
+func ended(fd int) bool {
+	for until := time.Now().Add(grace); ; {
+		left := time.Until(until)
+		if left <= 0 {
+			return false
+		}
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+		if n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
+			return err == nil
+		}
+	}
 }
 
 // startTime is field 22 of /proc/PID/stat; a zombie counts as gone.

@@ -2,9 +2,12 @@ package process
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -19,6 +22,22 @@ func TestMain(m *testing.M) {
 		case "fails":
 			Ready(errors.New("no such device"))
 			os.Exit(1)
+		case "tidies":
+			signals := make(chan os.Signal, 10)
+			signal.Notify(signals, syscall.SIGTERM)
+			Ready(nil)
+			<-signals
+			select {
+			case <-signals:
+				fmt.Fprint(os.Stderr, "hurried")
+			case <-time.After(300 * time.Millisecond):
+				fmt.Fprint(os.Stderr, "in order")
+			}
+			os.Exit(0)
+		case "stays":
+			signal.Ignore(syscall.SIGTERM)
+			Ready(nil)
+			time.Sleep(time.Minute)
 		case "dies":
 			os.Exit(1)
 		}
@@ -48,6 +67,24 @@ func TestStartAliveEnd(t *testing.T) {
 	}
 	if !id.End() {
 		t.Error("to end it again is not nothing")
+	}
+}
+
+// Whoever ends is let do it in its own time: a second TERM ends our programs at once.
+// Whoever does not listen is killed.
+func TestEnd(t *testing.T) {
+	for verb, says := range map[string]string{"tidies": "in order", "stays": ""} {
+		log := filepath.Join(t.TempDir(), "log")
+		id, err := Start(log, verb)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !id.End() || id.Alive() {
+			t.Errorf("what %s does not end", verb)
+		}
+		if out, err := os.ReadFile(log); err != nil || string(out) != says {
+			t.Errorf("what %s ends, and says %q, %v; want %q", verb, out, err, says)
+		}
 	}
 }
 
