@@ -97,7 +97,7 @@ func newPair(t testing.TB, o options) *pair {
 		t.Skip("needs /dev/fuse")
 	}
 	if os.Getenv("MOSIMG_HOMEFILES") == "" {
-		t.Skip("minutes of FUSE mounts for what no command uses yet; MOSIMG_HOMEFILES=1 runs them")
+		t.Skip("a minute of FUSE mounts: MOSIMG_HOMEFILES=1 runs them, as make test does")
 	}
 	base, err := os.MkdirTemp("", "homefiles")
 	if err != nil {
