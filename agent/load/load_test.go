@@ -123,7 +123,7 @@ func TestThisMachine(t *testing.T) {
 }
 
 func vector(n api.NodeID, seq uint64) api.LoadVector {
-	return api.LoadVector{Node: n, Seq: seq, Load: 1.5, Utilisation: 1, CPUs: 4, MemTotal: 8 << 30, MemFree: 1 << 30, Guests: 2, UptimeSec: 90}
+	return api.LoadVector{Node: n, Seq: seq, Load: 1.5, Utilisation: 1, CPUs: 4, MemTotal: 8 << 30, MemFree: 1 << 30, Guests: 2, UptimeSec: 90, Speed: 10000, Blocked: seq%2 == 1, Leaving: n > 1}
 }
 
 func everybody(api.NodeID) bool { return true }
@@ -153,8 +153,8 @@ func TestWireRefuses(t *testing.T) {
 		copy(b[at:], bytes)
 		return b
 	}
-	if _, err := decode(bad(1, 2)); !errors.Is(err, ErrVersion) {
-		t.Errorf("version 2: %v; want ErrVersion", err)
+	if _, err := decode(bad(1, version+1)); !errors.Is(err, ErrVersion) {
+		t.Errorf("a later version: %v; want ErrVersion", err)
 	}
 	for name, b := range map[string][]byte{
 		"empty":            {},
@@ -166,6 +166,7 @@ func TestWireRefuses(t *testing.T) {
 		"load infinite":    bad(2+16, 0x7f, 0x80, 0, 0),
 		"load negative":    bad(2+16, 0xbf, 0x80, 0, 0),
 		"free above total": bad(2+34, 0x7f),
+		"speed negative":   bad(2+50, 0xff),
 		"too long":         append([]byte{Kind, version}, make([]byte, 40*entryLen)...),
 	} {
 		if _, err := decode(b); err == nil {

@@ -14,8 +14,8 @@ import (
 // each node once a second. Integers are big endian.
 //
 //	0  1  kind: 'L'
-//	1  1  version: 1; a receiver drops any other
-//	2  -  entries of 50 bytes, the sender's own first:
+//	1  1  version: 2; a receiver drops any other
+//	2  -  entries of 55 bytes, the sender's own first:
 //	      0  4  node number, from 1
 //	      4  8  sequence number
 //	     12  4  age in milliseconds when the message was sent
@@ -26,11 +26,16 @@ import (
 //	     34  8  free memory in bytes
 //	     42  4  guests
 //	     46  4  uptime in seconds
+//	     50  4  speed of one CPU
+//	     54  1  flags: 1 takes no guests, 2 sends its jobs away
 const (
 	Kind      = 'L'
-	version   = 1
+	version   = 2
 	headerLen = 2
-	entryLen  = 50
+	entryLen  = 55
+
+	flagBlocked = 1
+	flagLeaving = 2
 )
 
 // MaxMessage bounds a message, so that with the encryption's 29 bytes and
@@ -65,6 +70,15 @@ func encode(list []Aged) []byte {
 		b = be.AppendUint64(b, uint64(v.MemFree))
 		b = be.AppendUint32(b, uint32(v.Guests))
 		b = be.AppendUint32(b, uint32(v.UptimeSec))
+		b = be.AppendUint32(b, uint32(v.Speed))
+		var flags byte
+		if v.Blocked {
+			flags |= flagBlocked
+		}
+		if v.Leaving {
+			flags |= flagLeaving
+		}
+		b = append(b, flags)
 	}
 	return b
 }
@@ -96,11 +110,14 @@ func decode(b []byte) ([]Aged, error) {
 				MemFree:     int64(be.Uint64(b[34:])),
 				Guests:      int(int32(be.Uint32(b[42:]))),
 				UptimeSec:   int64(be.Uint32(b[46:])),
+				Speed:       int(int32(be.Uint32(b[50:]))),
+				Blocked:     b[54]&flagBlocked != 0,
+				Leaving:     b[54]&flagLeaving != 0,
 			},
 			Age: time.Duration(be.Uint32(b[12:])) * time.Millisecond,
 		}
 		// !(>= 0) is true for NaN too.
-		if v.Node < 1 || !(v.Load >= 0) || math.IsInf(v.Load, 0) || v.CPUs < 0 || v.MemTotal < 0 || v.MemFree < 0 || v.MemFree > v.MemTotal || v.Guests < 0 {
+		if v.Node < 1 || !(v.Load >= 0) || math.IsInf(v.Load, 0) || v.CPUs < 0 || v.MemTotal < 0 || v.MemFree < 0 || v.MemFree > v.MemTotal || v.Guests < 0 || v.Speed < 0 {
 			return nil, fmt.Errorf("load message with an impossible entry for node %d", v.Node)
 		}
 		list = append(list, v)

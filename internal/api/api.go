@@ -165,6 +165,9 @@ type LoadVector struct {
 	MemFree     int64   `json:"mem_free"`  // bytes, MemAvailable
 	Guests      int     `json:"guests"`    // jobs here whose home is elsewhere
 	UptimeSec   int64   `json:"uptime_s"`
+	Speed       int     `json:"speed"`             // of one CPU; 10000 is the reference, 0 not yet known
+	Blocked     bool    `json:"blocked,omitempty"` // takes no guests (mosctl block)
+	Leaving     bool    `json:"leaving,omitempty"` // sends its jobs away and takes none (drain, shutdown)
 }
 
 // Liveness is what membership knows of a node.
