@@ -91,8 +91,7 @@ func (c *cluster) sweep() {
 		if m.agent != nil {
 			m.agent.kill()
 		}
-		_ = m.command("sh", "-c", `cd /sys/fs/cgroup/`+m.cgroup+` 2>/dev/null || exit 0
-for g in $(find . -depth -type d); do echo 1 >$g/cgroup.kill; done; sleep 0.2; find . -depth -type d -exec rmdir {} \; 2>/dev/null; rmdir /sys/fs/cgroup/`+m.cgroup).Run() // as far as it goes
+		_ = m.command("sh", "-c", removeGroups(m.cgroup)).Run() // as far as it goes
 	}
 	out, _ := exec.Command("pgrep", "-f", "homefiles-(keeper|mount) .*"+c.dir).Output()
 	for pid := range strings.FieldsSeq(string(out)) {

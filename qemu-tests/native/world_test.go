@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -30,6 +29,10 @@ import (
 const firmwareEnv = "MOSIMG_TEST_FIRMWARE"
 
 func TestMain(m *testing.M) {
+	if pid := os.Getenv(janitorEnv); pid != "" {
+		runJanitor(pid)
+		os.Exit(0)
+	}
 	if dev := os.Getenv(firmwareEnv); dev != "" {
 		if err := firmware(dev); err != nil {
 			fmt.Fprintln(os.Stderr, "firmware:", err)
@@ -103,7 +106,14 @@ func newWorld(t *testing.T) *world {
 	if _, err := exec.LookPath("ip"); err != nil {
 		t.Skip("needs the ip command (Debian package iproute2)")
 	}
-	w := &world{t: t, dir: t.TempDir(), prefix: fmt.Sprintf("mosimg%d-", os.Getpid())}
+	w := &world{t: t, dir: t.TempDir(), prefix: namespacePrefix(strconv.Itoa(os.Getpid()))}
+	j, err := janitor()
+	if err == nil {
+		_, err = fmt.Fprintln(j, w.dir)
+	}
+	if err != nil {
+		t.Fatalf("janitor: %v", err)
+	}
 	w.bin = filepath.Join(w.dir, "bin")
 	build := exec.Command("go", "build", "-o", w.bin+"/", "mosimg/cmd/...")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -146,7 +156,7 @@ type machine struct {
 
 func (w *world) machine(name string, n int) *machine {
 	w.t.Helper()
-	m := &machine{w: w, name: name, cgroup: fmt.Sprintf("mosimg-test-%d-%s", os.Getpid(), name), mac: fmt.Sprintf("52:54:00:77:00:%02x", n), dir: filepath.Join(w.dir, name)}
+	m := &machine{w: w, name: name, cgroup: groupPrefix(strconv.Itoa(os.Getpid())) + name, mac: fmt.Sprintf("52:54:00:77:00:%02x", n), dir: filepath.Join(w.dir, name)}
 	if err := os.MkdirAll(m.dir, 0o755); err != nil {
 		w.t.Fatal(err)
 	}
@@ -157,8 +167,13 @@ func (w *world) machine(name string, n int) *machine {
 	w.must("ip", "-n", w.prefix+name, "link", "set", "eth0", "address", m.mac, "up")
 	// One mount namespace for all that runs on the machine: ip makes one that shows
 	// the machine's own /sys, in which there are no control groups yet.
-	hold := exec.Command("ip", "netns", "exec", w.prefix+name, "sh", "-c", "mount -t cgroup2 none /sys/fs/cgroup && echo && exec sleep 86400")
-	hold.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	hold := exec.Command("ip", "netns", "exec", w.prefix+name, "sh", "-c", "mount -t cgroup2 none /sys/fs/cgroup && echo && exec cat >/dev/null")
+	// It ends with our end of the pipe. (A signal at the parent's death would come
+	// when the thread that started it ends, which a test may make happen.)
+	in, err := hold.StdinPipe()
+	if err != nil {
+		w.t.Fatal(err)
+	}
 	out, err := hold.StdoutPipe()
 	if err == nil {
 		err = hold.Start()
@@ -171,7 +186,7 @@ func (w *world) machine(name string, n int) *machine {
 	}
 	m.pid = hold.Process.Pid
 	w.t.Cleanup(func() {
-		hold.Process.Kill()
+		in.Close()
 		hold.Wait()
 	})
 	return m
