@@ -69,7 +69,7 @@ type Config struct {
 
 	// Consoles are the devices to show the status on; none: not shown.
 	Consoles []string
-	// Keys makes Enter on the consoles show the status again.
+	// Keys says that the consoles' keyboards are the agent's: see console.Run.
 	Keys bool
 
 	Log *slog.Logger // nil: silent
@@ -208,13 +208,8 @@ func Run(ctx context.Context, cfg Config) error {
 	})
 	wg.Go(func() { a.probe(ctx) })
 	if len(cfg.Consoles) > 0 {
-		out := console.Open(cfg.Consoles)
-		defer out.Close()
-		var keys <-chan struct{}
-		if cfg.Keys {
-			keys = console.Keys(ctx, cfg.Consoles)
-		}
-		wg.Go(func() { console.Show(ctx, out, a.Status, a.changed, keys) })
+		src := console.Source{Status: a.Status, Members: a.Members}
+		wg.Go(func() { console.Run(ctx, cfg.Consoles, cfg.Keys, src, a.changed) })
 		a.wake()
 	}
 	for ctx.Err() == nil {

@@ -1,12 +1,15 @@
-// Package console is what a person in front of a node sees: a short status
-// block on every console that the kernel uses, and a writer for messages that
-// never blocks on a slow or unplugged serial line.
+// Package console is what a person in front of a node sees on every console that the kernel
+// uses: a panel with status and bars of all nodes on a screen, a short block and
+// a line for each node that changes on a serial line; and a writer for messages
+// that never blocks on a slow or unplugged serial line.
 package console
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -63,6 +66,54 @@ func Open(devs []string) *Consoles {
 		}
 	}
 	return c
+}
+
+// Run shows the status and the nodes on the consoles devs until ctx ends.
+// keys says that their keyboards are ours: Enter then shows all again, and a
+// screen belongs to nobody else, so that a panel may stay on it. changed is told of changes of the status.
+func Run(ctx context.Context, devs []string, keys bool, src Source, changed <-chan struct{}) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	var lines []string
+	for _, dev := range devs {
+		if !keys || !isScreen(dev) {
+			lines = append(lines, dev)
+			continue
+		}
+		wg.Go(func() {
+			out := Open([]string{dev})
+			defer out.finish()
+			Panel(ctx, out, func() (int, int) { return size(dev) }, src)
+		})
+	}
+	out := Open(lines)
+	defer out.finish()
+	var enter <-chan struct{}
+	if keys {
+		enter = Keys(ctx, lines)
+	}
+	Show(ctx, out, src, changed, enter)
+}
+
+// isScreen reports whether a console is a virtual terminal of the kernel: tty and a number.
+func isScreen(dev string) bool {
+	number, ok := strings.CutPrefix(dev, "/dev/tty")
+	_, err := strconv.Atoi(number)
+	return ok && err == nil
+}
+
+// size is that of a terminal; zeros if it does not know.
+func size(dev string) (width, height int) {
+	f, err := openTTY(dev)
+	if err != nil {
+		return 0, 0
+	}
+	defer f.Close()
+	ws, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	if err != nil {
+		return 0, 0
+	}
+	return int(ws.Col), int(ws.Row)
 }
 
 func openTTY(dev string) (*os.File, error) {
@@ -164,6 +215,14 @@ func (c *Consoles) Flush(limit time.Duration) {
 	case <-done:
 	case <-time.After(limit):
 	}
+}
+
+// lastWrite is how long the end of an agent waits for its last output.
+const lastWrite = 300 * time.Millisecond
+
+func (c *Consoles) finish() {
+	c.Flush(lastWrite)
+	c.Close()
 }
 
 // Close ends the writers once their queues are empty.

@@ -3,10 +3,8 @@ package console
 import (
 	"context"
 	"fmt"
-	"io"
 	"os"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -50,44 +48,6 @@ func Block(s api.AgentStatus) string {
 	}
 	b.WriteString("\n")
 	return b.String()
-}
-
-const (
-	// quiet is how long Enter repeats nothing: a stuck key must not fill the screen.
-	quiet = time.Second
-	// settle gathers changes that come in quick succession into one block.
-	settle = 300 * time.Millisecond
-)
-
-// Show prints the status whenever it changes, and on Enter, until ctx ends.
-// status is called from Show's goroutine; changed wakes it; enter (may be nil)
-// reports that somebody pressed Enter.
-func Show(ctx context.Context, out io.Writer, status func() api.AgentStatus, changed, enter <-chan struct{}) {
-	var last string
-	var at time.Time
-	for {
-		force := false
-		select {
-		case <-ctx.Done():
-			return
-		case <-changed:
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(settle):
-			}
-			select { // what changed while we waited is in this block
-			case <-changed:
-			default:
-			}
-		case <-enter:
-			force = time.Since(at) >= quiet
-		}
-		if text := Block(status()); force || text != last {
-			io.WriteString(out, text)
-			last, at = text, time.Now()
-		}
-	}
 }
 
 // Keys reports each Enter on the consoles. It takes the terminals' input, so

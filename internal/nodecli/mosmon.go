@@ -3,41 +3,58 @@ package nodecli
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"io"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"mosimg/internal/api"
+	"mosimg/internal/fault"
+	"mosimg/internal/monitor"
 	"mosimg/internal/unixhttp"
 )
+
+// mosmonPatience is how long mosmon waits for an answer that the agent has in memory.
+const mosmonPatience = 5 * time.Second
 
 func newMosmonCmd(env *Env) *cobra.Command {
 	var once, asJSON bool
 	var socket string
+	var look mosmonLook
 	cmd := &cobra.Command{
-		Use:   "mosmon",
+		Use:   "mosmon [flags] [+NODE]",
 		Short: "Show the machines of the cluster and their loads",
-		Long: `mosmon shows one line for each machine, as this machine's agent has heard of it:
-its state, its load (runnable processes, as a bar against its CPUs), how much
-of its CPUs and memory is used, the jobs that are guests there, and how old
-that news is. In a terminal it is repainted each second until q is pressed.`,
-		Args: usageArgs(cobra.NoArgs),
-		RunE: func(c *cobra.Command, _ []string) error {
-			ask := func(ctx context.Context) (api.MemberTable, error) {
-				ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		Long: `mosmon shows a bar for each machine, as this machine's agent has heard of it, and
+draws it anew each second until q is pressed. Its flags are also its keys; h lists them. With +NODE the
+first bar is that of the node of this number.
+
+With --once, and where the output is no terminal, it prints once: a table of all numbers, or
+bars if a flag says what they are to show or how.`,
+		Args: usageArgs(cobra.MaximumNArgs(1)),
+		RunE: func(c *cobra.Command, args []string) error {
+			v, err := look.view(args)
+			if err != nil {
+				return err
+			}
+			if asJSON && (once || v != monitor.View{}) {
+				return fault.New(fault.Usage, "read flags of", "mosmon", "--json is the whole table, and goes with no other mode or display", "leave out the one or the other")
+			}
+			agent := unixhttp.New(socket, "agent")
+			ask := func(ctx context.Context) (t api.MemberTable, err error) {
+				ctx, cancel := context.WithTimeout(ctx, mosmonPatience)
 				defer cancel()
-				var t api.MemberTable
-				return t, unixhttp.New(socket, "agent").Get(ctx, api.PathMembers, &t)
+				return t, agent.Get(ctx, api.PathMembers, &t)
 			}
 			in, inTerm := terminal(env.Stdin)
 			out, outTerm := terminal(env.Stdout)
 			if !once && !asJSON && inTerm && outTerm {
-				return watch(c.Context(), in, out, ask)
+				if err := drawable(os.Getenv("TERM")); err != nil {
+					return err
+				}
+				return watch(c.Context(), newScreen(in, out, os.Getenv("NO_COLOR") == ""), v, ask)
 			}
 			t, err := ask(c.Context())
 			if err != nil {
@@ -48,95 +65,88 @@ that news is. In a terminal it is repainted each second until q is pressed.`,
 				e.SetIndent("", "  ")
 				return e.Encode(t)
 			}
-			width := 80
+			width, height := 80, 24
 			if outTerm {
-				width, _ = size(out)
+				width, height = size(out)
 			}
-			_, err = io.WriteString(env.Stdout, memberTable(t, width))
+			if v.Display == 0 && v.Numbering == 0 {
+				v.Display = monitor.Table
+			}
+			_, err = io.WriteString(env.Stdout, monitor.Text(v, t, width, height))
 			return err
 		},
 	}
 	f := cmd.Flags()
-	f.BoolVar(&once, "once", false, "print the table once and end")
-	f.BoolVar(&asJSON, "json", false, "print the table once, as JSON")
+	f.SortFlags = false
+	look.keys = make(map[monitor.Key]*bool)
+	for _, k := range mosmonKeys {
+		look.keys[monitor.Key(k.key[0])] = f.BoolP(k.name, k.key, false, k.usage)
+	}
+	f.BoolVar(&once, "once", false, "print once and end")
+	f.BoolVar(&asJSON, "json", false, "print all that is known once, as JSON")
 	f.StringVar(&socket, "socket", api.AgentSocket, "the agent's unix socket")
 	return cmd
 }
 
-// terminal is the file behind a stream when that is a terminal.
-func terminal(stream any) (*os.File, bool) {
-	f, ok := stream.(*os.File)
-	if !ok {
-		return nil, false
-	}
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return f, err == nil
+// mosmonKeys are the keys that are flags too, MOSIX's first.
+var mosmonKeys = []struct{ key, name, usage string }{
+	{"l", "load", "bars: load of a CPU of speed 10000 (the default)"},
+	{"m", "memory", "bars: memory"},
+	{"s", "speed", "bars: speed of a CPU, and how many"},
+	{"u", "utilisation", "bars: utilisation of the CPUs"},
+	{"w", "wide", "wide columns, with the nodes' names"},
+	{"v", "vertical", "narrow columns, numbers downwards"},
+	{"V", "tight", "narrow columns without gaps, numbers downwards"},
+	{"a", "auto", "columns as wide as all nodes fit (the default)"},
+	{"d", "no-dead", "without dead nodes"},
+	{"t", "total", "a line with the total of the nodes"},
+	{"g", "guests", "bars: guests, which are jobs of other homes"},
+	{"n", "numbers", "a table of all numbers"},
 }
 
-// size is a terminal's width and height; a serial line knows neither.
-func size(f *os.File) (width, height int) {
-	ws, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
-	if err != nil || ws.Col == 0 || ws.Row == 0 {
-		return 80, 24
+// mosmonLook is which of the flags were given.
+type mosmonLook struct{ keys map[monitor.Key]*bool }
+
+// view is what they ask for, as if the keys had been pressed.
+func (l mosmonLook) view(args []string) (monitor.View, error) {
+	var v monitor.View
+	var displays, numberings []string
+	for _, k := range mosmonKeys {
+		key := monitor.Key(k.key[0])
+		if !*l.keys[key] {
+			continue
+		}
+		switch k.key {
+		case "l", "m", "s", "u", "g", "n":
+			displays = append(displays, "-"+k.key)
+		case "w", "v", "V", "a":
+			numberings = append(numberings, "-"+k.key)
+		}
+		v, _ = v.Press(key, monitor.Snapshot{}, 0, 0)
 	}
-	return int(ws.Col), int(ws.Row)
+	for _, group := range [][]string{displays, numberings} {
+		if len(group) > 1 {
+			return v, fault.New(fault.Usage, "read flags of", "mosmon", strings.Join(group, " and ")+" exclude each other", "give one of them")
+		}
+	}
+	if len(args) > 0 {
+		n, err := strconv.ParseUint(strings.TrimPrefix(args[0], "+"), 10, 31)
+		if !strings.HasPrefix(args[0], "+") || err != nil || n == 0 {
+			return v, fault.New(fault.Usage, "read arguments of", "mosmon", strconv.Quote(args[0])+" is not + and the number of a node", "see: mosmon --help")
+		}
+		v.First = api.NodeID(n)
+	}
+	return v, nil
 }
 
-// watch repaints the table each second until q, ctrl-C or the end of ctx.
-func watch(ctx context.Context, in, out *os.File, ask func(context.Context) (api.MemberTable, error)) error {
-	restore, err := keystrokes(in)
-	if err != nil {
-		return err
+// drawable tells why a terminal of this kind cannot be drawn on. All others
+// know the few sequences that are used (ECMA-48, and xterm's second screen).
+func drawable(term string) error {
+	switch term {
+	case "":
+		return fault.New(fault.Environment, "draw on", "this terminal", "TERM is not set", "set it, or print once: mosmon --once")
+	case "dumb", "unknown":
+		return fault.New(fault.Environment, "draw on", "this terminal", "it cannot be drawn on (TERM="+term+")", "print once: mosmon --once")
 	}
-	defer restore()
-	// The alternate screen: what was there before comes back at the end.
-	io.WriteString(out, "\x1b[?1049h\x1b[?25l")
-	defer io.WriteString(out, "\x1b[?25h\x1b[?1049l")
-
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		defer cancel()
-		for buf := make([]byte, 1); ; {
-			n, err := in.Read(buf)
-			if err != nil && !errors.Is(err, unix.EINTR) || n == 1 && (buf[0] == 'q' || buf[0] == 'Q' || buf[0] == 3) {
-				return
-			}
-		}
-	}()
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	for {
-		width, height := size(out)
-		text := ""
-		if t, err := ask(ctx); ctx.Err() != nil {
-			return nil
-		} else if err != nil {
-			text = "mosmon: " + err.Error() + "\n"
-		} else {
-			text = memberTable(t, width)
-		}
-		io.WriteString(out, paint(text, width, height))
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-	}
-}
-
-// keystrokes makes a terminal give each key at once and unseen. It is put
-// back by the function returned. Output processing stays on.
-func keystrokes(f *os.File) (restore func(), err error) {
-	old, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	if err != nil {
-		return nil, fmt.Errorf("terminal: %w", err)
-	}
-	t := *old
-	t.Lflag &^= unix.ICANON | unix.ECHO
-	t.Cc[unix.VMIN], t.Cc[unix.VTIME] = 1, 0
-	if err := unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, &t); err != nil {
-		return nil, fmt.Errorf("terminal: %w", err)
-	}
-	return func() { _ = unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, old) }, nil
+	return nil
 }
