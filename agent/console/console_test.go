@@ -69,7 +69,11 @@ func TestShow(t *testing.T) {
 			default:
 			}
 		}
-		go Show(ctx, &out, func() api.AgentStatus { mu.Lock(); defer mu.Unlock(); return st }, changed, enter)
+		src := Source{
+			Status:  func() api.AgentStatus { mu.Lock(); defer mu.Unlock(); return st },
+			Members: func() api.MemberTable { return api.MemberTable{} },
+		}
+		go Show(ctx, &out, src, changed, enter)
 		set(api.StateNoHead)
 		set(api.StatePending)
 		time.Sleep(time.Second)

@@ -40,6 +40,9 @@ func Bars(members []api.Member, width int) []string {
 			}
 		}
 	}
-	text := table.Cut(table.Align(rows, 1, 2, loadCol, memCol, 5), width)
-	return strings.Split(strings.TrimSuffix(text, "\n"), "\n")
+	lines := strings.Split(strings.TrimSuffix(table.Align(rows, 1, 2, loadCol, memCol, 5), "\n"), "\n")
+	for i, l := range lines {
+		lines[i] = strings.TrimRight(cut(l, width), " ")
+	}
+	return lines
 }

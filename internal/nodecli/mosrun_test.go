@@ -27,7 +27,8 @@ import (
 
 // The test's own binary is mosrun when it is called so.
 func TestMain(m *testing.M) {
-	if filepath.Base(os.Args[0]) == "mosrun" {
+	switch filepath.Base(os.Args[0]) {
+	case "mosrun", "mosmon":
 		os.Exit(Main(context.Background(), OS()))
 	}
 	os.Exit(m.Run())

@@ -72,9 +72,9 @@ func (s *screen) leave() {
 	if s.before == nil {
 		return
 	}
-	_, _ = io.WriteString(s.out, "\x1b[0m\x1b[?25h\x1b[?1049l")
 	_ = unix.IoctlSetTermios(int(s.in.Fd()), unix.TCSETS, s.before)
 	s.before = nil
+	_, _ = io.WriteString(s.out, "\x1b[0m\x1b[?25h\x1b[?1049l")
 }
 
 func (s *screen) size() (width, height int) { return size(s.out) }
