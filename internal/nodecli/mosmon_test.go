@@ -2,6 +2,7 @@ package nodecli
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"os"
 	"os/exec"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mosimg/internal/api"
+	"mosimg/internal/monitor"
 )
 
 // Where there is no terminal mosmon prints once; a script gets numbers.
@@ -176,6 +178,25 @@ func TestMosmonRestoresTheTerminal(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Even a fault of ours leaves a usable terminal, and says what it was.
+func TestMosmonCrash(t *testing.T) {
+	near, far := openPTY(t)
+	before := termiosOf(t, near)
+	var fault any
+	func() {
+		defer func() { fault = recover() }()
+		_ = watch(t.Context(), newScreen(near, near, false), monitor.View{}, func(context.Context) (api.MemberTable, error) { panic("a fault of ours") })
+	}()
+	if text, _ := fault.(string); !strings.HasPrefix(text, "a fault of ours\n") || !strings.Contains(text, "mosmon_watch.go") {
+		t.Errorf("the fault is told as %q", text)
+	}
+	if after := termiosOf(t, near); after != before {
+		t.Errorf("the terminal is left in mode %+v; it was %+v", after, before)
+	}
+	l := &live{t: t, near: near, far: far, before: before}
+	l.isRestored()
 }
 
 // A stopped mosmon leaves the terminal to the shell, and takes it again.

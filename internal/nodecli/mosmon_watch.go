@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -44,9 +45,10 @@ func watch(ctx context.Context, s *screen, v monitor.View, ask func(context.Cont
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	answers := make(chan answer)
-	go poll(ctx, ask, answers)
+	crashed := make(chan string, 2)
+	guarded(crashed, func() { poll(ctx, ask, answers) })
 	pressed := make(chan []monitor.Key)
-	go s.keys(ctx, pressed)
+	guarded(crashed, func() { s.keys(ctx, pressed) })
 
 	var now monitor.Snapshot
 	var heard time.Time
@@ -67,6 +69,8 @@ func watch(ctx context.Context, s *screen, v monitor.View, ask func(context.Cont
 			if now.Known {
 				now.Problem = fmt.Sprintf("no news for %s, %s", table.Age(time.Since(heard).Round(time.Second)), now.Problem)
 			}
+		case text := <-crashed:
+			panic(text)
 		case keys, ok := <-pressed:
 			if !ok { // nobody is there any more
 				return nil
@@ -92,6 +96,19 @@ func watch(ctx context.Context, s *screen, v monitor.View, ask func(context.Cont
 			}
 		}
 	}
+}
+
+// guarded runs f in a goroutine whose panic goes to crashed: by itself it would end the process
+// at once, and with the terminal as it is.
+func guarded(crashed chan<- string, f func()) {
+	go func() {
+		defer func() {
+			if p := recover(); p != nil {
+				crashed <- fmt.Sprintf("%v\n%s", p, debug.Stack())
+			}
+		}()
+		f()
+	}()
 }
 
 // suspend stops this process until it is continued. The signal goes to the very thread that

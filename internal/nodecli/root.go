@@ -92,7 +92,7 @@ func newRoot(env *Env) *cobra.Command {
 		Use:   "mosagent",
 		Short: "The program of a mosimg node",
 		Long: `mosagent is the program that runs on every node of a mosimg cluster: it boots the
-machine (init), makes it a member (agent) and carries the user tools (mosmon).
+machine (init), makes it a member (agent) and carries the user tools (mosrun, mosmon ...).
 Called by a tool's name, it is that tool.`,
 		Version:           version.String(),
 		SilenceErrors:     true,
