@@ -183,7 +183,7 @@ func title(f Frame, v View, all, page []api.Member, shown, width int) {
 	}
 	nodes := fmt.Sprintf("%d of %d nodes alive", living, len(all))
 	if len(page) < shown {
-		nodes = fmt.Sprintf("%d-%d of %d nodes, %d alive", page[0].Node, page[len(page)-1].Node, len(all), living)
+		nodes = fmt.Sprintf("nodes %d-%d, %d of %d alive", page[0].Node, page[len(page)-1].Node, living, len(all))
 	}
 	short, long := "table", "all numbers"
 	if c, ok := charts[v.display()]; ok {

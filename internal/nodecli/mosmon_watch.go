@@ -48,7 +48,10 @@ func watch(ctx context.Context, s *screen, v monitor.View, ask func(context.Cont
 	crashed := make(chan string, 2)
 	guarded(crashed, func() { poll(ctx, ask, answers) })
 	pressed := make(chan []monitor.Key)
-	guarded(crashed, func() { s.keys(ctx, pressed) })
+	guarded(crashed, func() {
+		s.keys(ctx, pressed)
+		close(pressed)
+	})
 
 	var now monitor.Snapshot
 	var heard time.Time

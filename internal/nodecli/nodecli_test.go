@@ -3,12 +3,17 @@ package nodecli
 import (
 	"bytes"
 	"encoding/json"
+	"maps"
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"go.yaml.in/yaml/v3"
+
+	"mosimg/configs"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
 	"mosimg/internal/unixhttp"
@@ -42,6 +47,31 @@ func TestVerbByName(t *testing.T) {
 	} {
 		if _, got := verbOf(tc.args, tc.pid); strings.Join(got, " ") != tc.want {
 			t.Errorf("verbOf(%q, %d) = %q; want %q", tc.args, tc.pid, got, tc.want)
+		}
+	}
+}
+
+// A name in an image's /usr/bin that is no verb would be the whole mosagent there, and a
+// tool without a name could not be found.
+func TestImageHasAllTools(t *testing.T) {
+	data, err := configs.Profiles.ReadFile("profiles/x86_64.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var profile struct{ Tools []string }
+	if err := yaml.Unmarshal(data, &profile); err != nil {
+		t.Fatal(err)
+	}
+	want := slices.Sorted(maps.Keys(tools))
+	want = slices.DeleteFunc(want, func(name string) bool { return name == "init" })
+	slices.Sort(profile.Tools)
+	if !slices.Equal(profile.Tools, want) {
+		t.Errorf("the image has the tools %q; want %q", profile.Tools, want)
+	}
+	verbs := newRoot(&Env{})
+	for _, name := range want {
+		if c, _, err := verbs.Find([]string{name}); err != nil || c.Name() != name {
+			t.Errorf("tool %s is no verb: %v", name, err)
 		}
 	}
 }

@@ -108,10 +108,8 @@ func (s *screen) draw(f monitor.Frame) error {
 // keyWait is how long the rest of a key may be under way, and how soon keys notices the end of ctx.
 const keyWait = 100 * time.Millisecond
 
-// keys hands over what is typed, until ctx ends or, then it closes pressed,
-// the terminal is gone.
+// keys hands over what is typed, until ctx ends or the terminal is gone.
 func (s *screen) keys(ctx context.Context, pressed chan<- []monitor.Key) {
-	defer close(pressed)
 	fds := []unix.PollFd{{Fd: int32(s.in.Fd()), Events: unix.POLLIN}}
 	var rest []byte
 	buf := make([]byte, 256)
