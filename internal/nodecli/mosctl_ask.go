@@ -100,15 +100,15 @@ func whois(m api.Member) (string, error) {
 }
 
 func getload(m api.Member) (string, error) {
-	v, err := loadOf(m)
+	v, err := newsOf(m)
 	if err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("%.2f", v.Load), nil
 }
 
-// loadOf is what is known of a node's load now. What a dead node last said of it is not its load.
-func loadOf(m api.Member) (*api.LoadVector, error) {
+// newsOf is what is known of a node's load now. What a dead node last said of it is not its load.
+func newsOf(m api.Member) (*api.LoadVector, error) {
 	cause := "nobody has heard of it yet"
 	switch {
 	case m.Liveness == api.Dead || m.Liveness == api.Left:
@@ -138,7 +138,7 @@ func nodeStatus(m api.Member) (string, error) {
 	line := func(key, format string, args ...any) {
 		fmt.Fprintf(&b, "\n  %-8s %s", key, fmt.Sprintf(format, args...))
 	}
-	v, err := loadOf(m)
+	v, err := newsOf(m)
 	if err != nil {
 		return b.String(), nil // that it is dead is an answer
 	}
