@@ -34,6 +34,11 @@ func Decay(load, sample float64) float64 {
 	return (7*load + sample) / 8
 }
 
+// Mean is the load by which a machine itself decides whether to send a job away:
+// it follows a rise at 5:3 as well, and falls at once, so that after one job
+// has left the next is not sent for a load that is not there any more.
+func Mean(load, sample float64) float64 { return min(sample, Decay(load, sample)) }
+
 // Sampler measures this machine. It is not safe for concurrent use.
 type Sampler struct {
 	// Proc is where procfs is mounted; "" means /proc.
