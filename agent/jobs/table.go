@@ -97,6 +97,7 @@ func (s *Service) table(ctx context.Context, who agentapi.Caller) api.JobTable {
 		})
 	}
 	asking.Wait()
+	s.stays(ctx, all)
 	for _, st := range all {
 		if st != nil {
 			t.Jobs = append(t.Jobs, *st)

@@ -21,6 +21,8 @@ type HomeConfig struct {
 	Peer func(api.NodeID) Peer
 	// Files serves the files of jobs to their guests; nil if there are no guests elsewhere.
 	Files Files
+	// Locked, if set, tells whether a job's user does not want it moved by itself.
+	Locked func(JobID) bool
 	// Changed, if set, is told each new record of a job. It must not call back.
 	Changed func(Record)
 	// Trace, if set, is told each step when it is about to be taken.
@@ -107,7 +109,7 @@ func (h *Home) Start(ctx context.Context, job JobID, node api.NodeID, spec contr
 	h.mu.Unlock()
 	// Journalled first: a restarted agent asks the node whether it runs.
 	err := h.conf.Journal.Put(string(job), j.rec)
-	order := Order{Job: job, Home: h.conf.Self, Epoch: j.rec.At.Epoch}
+	order := Order{Job: job, Home: h.conf.Self, Epoch: j.rec.At.Epoch, Locked: h.locked(job)}
 	if err == nil && node != h.conf.Self {
 		err = h.conf.Files.Prepare(ctx, job, Placement{h.conf.Self, j.rec.At.Epoch - 1}, j.rec.At)
 		if err == nil {
@@ -312,6 +314,8 @@ func (h *Home) Forget(ctx context.Context, job JobID) error {
 	return nil
 }
 
+func (h *Home) locked(job JobID) bool { return h.conf.Locked != nil && h.conf.Locked(job) }
+
 func (h *Home) step(job JobID, s Step) {
 	h.log.Debug("move", "job", job, "step", s)
 	if h.conf.Trace != nil {
@@ -319,9 +323,14 @@ func (h *Home) step(job JobID, s Step) {
 	}
 }
 
-// Move moves a job. After an error the job runs where it was, unless the error
-// is ErrUnfinished: then it is on its new node, or about to be.
+// Move moves a job that somebody wants elsewhere. After an error the job runs where it
+// was, unless the error is ErrUnfinished: then it is on its new node, or about to be.
 func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
+	return h.MoveFor(ctx, job, to, Bid{})
+}
+
+// MoveFor is Move for a node's balancer.
+func (h *Home) MoveFor(ctx context.Context, job JobID, to api.NodeID, bid Bid) error {
 	j, err := h.job(job)
 	if err != nil {
 		return err
@@ -341,7 +350,7 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 	if err != nil {
 		return err
 	}
-	pids, stopped, err := h.carry(ctx, rec, facts)
+	pids, stopped, err := h.carry(ctx, rec, facts, bid)
 	if err != nil {
 		h.callOff(ctx, j, rec.Next, err.Error())
 		return fault.New(fault.Refused, "move", "job "+string(job), err, fmt.Sprintf("it runs on, on node %d", rec.At.Node))
@@ -396,9 +405,10 @@ func (h *Home) unlocked(ctx context.Context, rec Record, to api.NodeID) error {
 // carry takes a move to the point where both copies are frozen and complete.
 // It tells which process of the old copy is which of the new one, and since
 // when the job stands still at the most.
-func (h *Home) carry(ctx context.Context, rec Record, facts Facts) (pids map[uint32]uint32, stopped time.Time, err error) {
+func (h *Home) carry(ctx context.Context, rec Record, facts Facts, bid Bid) (pids map[uint32]uint32, stopped time.Time, err error) {
 	src, dst := h.conf.Peer(rec.At.Node), h.conf.Peer(rec.Next.Node)
-	atDst := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Next.Epoch, Source: rec.At.Node, Owner: rec.Owner, Machine: facts.Machine, Bytes: facts.Use.Bytes}
+	atDst := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Next.Epoch, Source: rec.At.Node, Owner: rec.Owner, Machine: facts.Machine, Bytes: facts.Use.Bytes,
+		Locked: h.locked(rec.Job), Moves: rec.Moves + 1, Bid: bid}
 	atSrc := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, To: *rec.Next}
 	var before, after Pids
 	for _, s := range []struct {

@@ -30,16 +30,13 @@ func (n *Node) refuse(op string, o Order, cause any, hint string) error {
 
 // Prepare implements Peer.
 func (n *Node) Prepare(ctx context.Context, o Order) error {
-	if err := errors.Join(n.welcome("prepare", o, o.Owner), n.fits(o)); err != nil {
-		return err
-	}
 	if cp := n.find(o); cp != nil {
 		if p := cp.record().Phase; p != prepared {
 			return n.refuse("prepare", o, "it is "+string(p), "")
 		}
 		return nil
 	}
-	cp, err := n.create(ctx, o)
+	cp, err := n.create(ctx, o, func() error { return errors.Join(n.welcome("prepare", o), n.fits(o)) })
 	if err != nil {
 		return err
 	}
@@ -61,8 +58,9 @@ func (n *Node) fits(o Order) error {
 		return err
 	}
 	// What has come and what is restored of it are both in memory for a moment.
+	free -= n.coming()
 	if need := 2*o.Bytes + memoryMargin; need > free {
-		return n.refuse("prepare", o, fmt.Sprintf("it needs %d MiB for a moment, %d MiB are free", need>>20, free>>20), "")
+		return n.refuse("prepare", o, fmt.Sprintf("it needs %d MiB for a moment, %d MiB are free", need>>20, max(0, free)>>20), "")
 	}
 	return nil
 }

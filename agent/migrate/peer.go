@@ -27,6 +27,18 @@ type Order struct {
 	Bytes   int64
 	// Reason is why a move was called off.
 	Reason string
+	// Locked and Moves are what the job's home knows of it, for a Start or Prepare:
+	// the node that it comes to decides when it goes on.
+	Locked bool `json:",omitempty"`
+	Moves  int  `json:",omitempty"`
+	// Bid is what the job's present node has reckoned, if it comes because of that.
+	Bid Bid `json:",omitzero"`
+}
+
+// Bid is what a node's balancer tells with a job that it sends: see balance.Move.
+// The zero value is that of a move that somebody wants.
+type Bid struct {
+	Load, Limit float64
 }
 
 // Pids maps the processes of a copy from their numbers in the capsule, which are
