@@ -112,8 +112,8 @@ type Cluster struct {
 	Others []Node
 	Jobs   []Job
 	Sent   []Sent
-	// Stay keeps all jobs here, LocalStay those whose home this is.
-	Stay, LocalStay bool
+	// Stay is why no job leaves by itself, LocalStay why none does whose home this is.
+	Stay, LocalStay string
 	// Seed orders nodes that are equally good, so that not all nodes choose the same.
 	Seed uint64
 }
@@ -259,10 +259,8 @@ func (c Cluster) settled(j Job) string {
 	switch {
 	case j.Locked:
 		return "locked"
-	case c.Stay:
-		return "jobs stay on this node (mosctl stay)"
-	case c.LocalStay && j.Home == c.Self.ID:
-		return "this home's jobs stay at home (mosctl lstay)"
+	case c.kept(j) != "":
+		return c.kept(j)
 	case j.Load < MinLoad:
 		return "it hardly uses a CPU"
 	case j.CPU < MinCPU:
@@ -271,6 +269,14 @@ func (c Cluster) settled(j Job) string {
 		return fmt.Sprintf("it came %s ago and stays for %s", j.Here.Round(time.Second), stay.Round(time.Second))
 	}
 	return ""
+}
+
+// kept is why a job is to stay here; "" if it need not.
+func (c Cluster) kept(j Job) string {
+	if c.Stay == "" && j.Home == c.Self.ID {
+		return c.LocalStay
+	}
+	return c.Stay
 }
 
 // stayOf is how long a job that has come by a move stays: the longer, the more it has

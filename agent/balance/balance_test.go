@@ -68,8 +68,8 @@ func checkMove(t *testing.T, c Cluster, j Job, m Move) {
 		bad("it has been refused")
 	case j.Locked && !c.Self.Leaving:
 		bad("it is locked")
-	case c.Self.Leaving && j.Home == c.Self.ID && j.Locked:
-		bad("it is locked, and at home")
+	case c.kept(j) != "" && !c.Self.Leaving:
+		bad("it is to stay")
 	case to.Away != "" || to.Leaving || to.Age > Fresh:
 		bad("nobody is there")
 	case to.Blocked && to.ID != j.Home:
@@ -100,7 +100,13 @@ func TestAnyCluster(t *testing.T) {
 	}
 	moves := 0
 	for range 100_000 {
-		c := Cluster{Self: anyNode(1), Stay: chance(0.05), LocalStay: chance(0.05), Seed: rng.Uint64()}
+		c := Cluster{Self: anyNode(1), Seed: rng.Uint64()}
+		if chance(0.05) {
+			c.Stay = "stay"
+		}
+		if chance(0.05) {
+			c.LocalStay = "lstay"
+		}
 		c.Self.Age = 0
 		for id := range api.NodeID(rng.IntN(5)) {
 			c.Others = append(c.Others, anyNode(id+2))
@@ -213,9 +219,9 @@ func TestDecide(t *testing.T) {
 		{"backed off", with(busy(2, 1, node(2, 0)), func(c *Cluster) { c.Jobs[0].Wait, c.Jobs[0].WaitWhy = 9*time.Second, "no room" }), "again in 9s: no room"},
 		{"misfit", with(busy(2, 1, node(2, 0)), func(c *Cluster) { c.Jobs[0].Refused = map[api.NodeID]string{2: "its CPU lacks avx2"} }), "lacks avx2"},
 		{"misfit, the next fits", with(busy(4, 2, node(2, 0), node(3, 1)), func(c *Cluster) { c.Jobs[1].Refused = map[api.NodeID]string{2: "no"} }), "b>3"},
-		{"stay", with(busy(2, 2, node(2, 0)), func(c *Cluster) { c.Stay = true }), "mosctl stay"},
-		{"lstay", with(busy(2, 2, node(2, 0)), func(c *Cluster) { c.LocalStay = true }), "mosctl lstay"},
-		{"lstay, a guest", with(busy(2, 1, node(2, 0)), func(c *Cluster) { c.LocalStay, c.Jobs[0].Home = true, 2 }), "a>2"},
+		{"stay", with(busy(2, 2, node(2, 0)), func(c *Cluster) { c.Stay = "mosctl stay" }), "mosctl stay"},
+		{"lstay", with(busy(2, 2, node(2, 0)), func(c *Cluster) { c.LocalStay = "mosctl lstay" }), "mosctl lstay"},
+		{"lstay, a guest", with(busy(2, 1, node(2, 0)), func(c *Cluster) { c.LocalStay, c.Jobs[0].Home = "mosctl lstay", 2 }), "a>2"},
 		// Where to.
 		{"old news", with(busy(9, 2, node(2, 0)), func(c *Cluster) { c.Others[0].Age = 7 * time.Second }), "not heard of for 7s"},
 		{"down", with(busy(9, 2, node(2, 0)), func(c *Cluster) { c.Others[0].Away = "it is down" }), "it is down"},

@@ -96,8 +96,8 @@ func relieve(c Cluster, why map[string]string) *Move {
 			why[j.ID] = stuck(j)
 		case j.Locked:
 			why[j.ID] = "locked"
-		case c.Stay, c.LocalStay && j.Home == c.Self.ID:
-			why[j.ID] = c.settled(j)
+		case c.kept(j) != "":
+			why[j.ID] = c.kept(j)
 		default:
 			to, reasons := c.best(j)
 			if to == nil {

@@ -21,8 +21,8 @@ func Place(c Cluster, bytes int64) (api.NodeID, string) {
 		return 0, "no node has the memory: " + reasons
 	case !fits:
 		return to.ID, "home has not the memory"
-	case c.Stay || c.LocalStay:
-		return c.Self.ID, "jobs stay at home (mosctl stay, lstay)"
+	case c.kept(j) != "":
+		return c.Self.ID, c.kept(j)
 	case c.Self.Speed <= 0 || c.Self.CPUs <= 0:
 		return c.Self.ID, "home's speed is not known yet"
 	}

@@ -43,8 +43,12 @@ func Mean(load, sample float64) float64 { return min(sample, Decay(load, sample)
 type Sampler struct {
 	// Proc is where procfs is mounted; "" means /proc.
 	Proc string
+	// Runnable, if set, tells the number of runnable processes in place of the
+	// machine's: where several agents share one machine, each must see its own.
+	Runnable func() float64
 
 	load float64
+	mean float64
 	seq  uint64
 	prev counters
 }
@@ -88,7 +92,11 @@ func (s *Sampler) Sample(now time.Time) (api.LoadVector, error) {
 	if d := c.all - s.prev.all; c.all > s.prev.all && c.busy >= s.prev.busy {
 		v.Utilisation = min(1, float64(c.busy-s.prev.busy)/float64(d))
 	}
-	s.load = Decay(s.load, runnable(st, s.prev, c, v.Utilisation, exact))
+	sample := runnable(st, s.prev, c, v.Utilisation, exact)
+	if s.Runnable != nil {
+		sample = s.Runnable()
+	}
+	s.load, s.mean = Decay(s.load, sample), Mean(s.mean, sample)
 	s.prev = c
 	v.Load, v.CPUs = s.load, st.cpus
 
@@ -106,6 +114,9 @@ func (s *Sampler) Sample(now time.Time) (api.LoadVector, error) {
 	}
 	return v, nil
 }
+
+// Mean is the load that counts here: see the function Mean.
+func (s *Sampler) Mean() float64 { return s.mean }
 
 // runnable is the mean number of runnable processes over the last interval:
 // those that ran (the busy CPUs) and those that waited for one (the time that

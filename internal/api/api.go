@@ -138,6 +138,8 @@ type Peer struct {
 	Name    string `json:"name"`
 	Address string `json:"address"` // IP
 	MAC     string `json:"mac"`
+	// Drain: its guests are to go elsewhere, and none to come.
+	Drain bool `json:"drain,omitempty"`
 }
 
 // ClusterView is what the head tells members. It changes as a whole:
