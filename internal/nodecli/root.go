@@ -37,7 +37,7 @@ func OS() *Env {
 
 // tools are the verbs that are also programs of their own, by argv[0].
 var tools = map[string]bool{
-	"init": true, "mosrun": true, "mosps": true, "migrate": true, "mosmon": true, "halt": true, "poweroff": true, "reboot": true,
+	"init": true, "mosrun": true, "mosps": true, "migrate": true, "mosmon": true, "mosctl": true, "halt": true, "poweroff": true, "reboot": true,
 }
 
 // ownSignals are the verbs that look after signals by themselves.
@@ -110,6 +110,7 @@ Called by a tool's name, it is that tool.`,
 		newMospsCmd,
 		newMigrateCmd,
 		newMosmonCmd,
+		newMosctlCmd,
 		newStatusCmd,
 		newProbeCRIUCmd,
 		newInitCmd,
