@@ -113,3 +113,88 @@ func (c *cluster) mosps(on *machine, flags ...string) string {
 	}
 	return strings.TrimSpace(string(out))
 }
+
+// mosctl runs one of its verbs on a machine.
+func (c *cluster) mosctl(on *machine, verb string) {
+	c.t.Helper()
+	if out, err := on.command(c.bin+"/mosagent", "mosctl", verb, "--socket", on.socket()).CombinedOutput(); err != nil {
+		c.t.Fatalf("mosctl %s on %s: %v: %s", verb, on.name, err, out)
+	}
+}
+
+// What an operator does before a machine is switched off, and a user who wants
+// all programs back: nobody loses one.
+func TestMachinesEmptied(t *testing.T) {
+	c := newClusterOf(t, "--load=jobs", "--speed=10000")
+	head, a, b := c.all[0], c.all[1], c.all[2]
+	counter, dir := c.counter(head)
+	table, err := head.members()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cpus := table.Members[0].Load.CPUs
+	// A burst is placed by what was started before, not only by what was heard.
+	jobs := c.loops(head, 3*cpus)
+	var nodes map[api.NodeID]int
+	c.eventually(20*time.Second, "all jobs have started", func() error {
+		nodes, _, err = c.where(jobs)
+		return err
+	})
+	t.Logf("%d jobs started at %v", len(jobs), nodes)
+	if nodes[1] == len(jobs) || nodes[2] == 0 || nodes[3] == 0 {
+		t.Errorf("all machines were idle, and %d jobs were started at %v", len(jobs), nodes)
+	}
+	locked := c.mosrun(head, c.dir, "-L", "-2", "sleep", "1000")
+	t.Cleanup(func() {
+		locked.cmd.Process.Signal(syscall.SIGTERM)
+		locked.ends()
+	})
+	c.eventually(10*time.Second, "a locked job runs on node 2", func() error {
+		if st, err := locked.status(); err != nil || st.Node != 2 {
+			return fmt.Errorf("%+v, %w", st, err)
+		}
+		return nil
+	})
+
+	// A drained machine has no guest, whatever it costs the others, and gets none.
+	c.head.mustNode("drain", "2")
+	all := append([]*job{locked}, jobs...)
+	if nodes, _, err = c.where(all); err != nil || nodes[2] != 0 {
+		t.Fatalf("node 2 is drained; jobs are at %v, %v", nodes, err)
+	}
+	if err := jobs[0].migrate(2); err == nil || !strings.Contains(err.Error(), "leaving") {
+		t.Errorf("a job is moved to a drained machine: %v", err)
+	}
+	if r := c.head.record(a.mac, "drained", func(r api.NodeRecord) bool { return r.Drain }); r.State != api.Approved {
+		t.Errorf("a drained machine is %s", r.State)
+	}
+	c.head.mustNode("undrain", "2")
+
+	// bring waits until all are home, and they stay; locked ones too.
+	c.mosctl(head, "bring")
+	if nodes, _, err = c.where(all); err != nil || nodes[1] != len(all) {
+		t.Fatalf("all were brought home; they are at %v, %v", nodes, err)
+	}
+	time.Sleep(5 * time.Second)
+	if nodes, _, err = c.where(all); err != nil || nodes[1] != len(all) {
+		t.Fatalf("they were to stay at home; they are at %v, %v", nodes, err)
+	}
+	if why := c.mosps(head, "-w"); !strings.Contains(why, "mosctl lstay") {
+		t.Errorf("mosps -w does not tell that they were brought home:\n%s", why)
+	}
+
+	// And out again, but not to a machine that takes none; one that expels keeps none.
+	c.mosctl(a, "block")
+	c.mosctl(head, "nolstay")
+	c.eventually(time.Minute, "jobs go to node 3", func() error {
+		if nodes, _, err = c.where(jobs); err != nil || nodes[3] == 0 || nodes[2] != 0 {
+			return fmt.Errorf("they are at %v, %w", nodes, err)
+		}
+		return nil
+	})
+	c.mosctl(b, "expel")
+	if nodes, _, err = c.where(all); err != nil || nodes[1] != len(all) {
+		t.Errorf("node 2 takes none and node 3 has expelled all; they are at %v, %v", nodes, err)
+	}
+	counter.counted(dir)
+}
