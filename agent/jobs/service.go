@@ -397,8 +397,6 @@ func (s *Service) move(ctx context.Context, j *job, to string) error {
 	switch {
 	case err != nil:
 		return fail(err)
-	case info.Locked:
-		return fail(fault.New(fault.Refused, "leave", fmt.Sprintf("node %d", rec.At.Node), "it was started to stay where it is", "start it without -L"))
 	case rec.At.Node == m.Node || rec.End != nil || rec.Next != nil:
 		// Home says it better than a look at the node would.
 	default:

@@ -210,7 +210,6 @@ func TestMoveRefusals(t *testing.T) {
 		{"no CRIU there", id, "5", fault.Refused, "CRIU does not work there"},
 		{"there already", id, "head", fault.Refused, "on node 1 already"},
 		{"home already", id, "home", fault.Refused, "on node 1 already"},
-		{"locked", pinned, "2", fault.Refused, "without -L"},
 	} {
 		_, err := h.agent().Move(t.Context(), tc.job, tc.to)
 		if fault.KindOf(err) != tc.kind || err == nil || !strings.Contains(err.Error(), tc.want) {
@@ -223,6 +222,10 @@ func TestMoveRefusals(t *testing.T) {
 	}
 	if st, err = h.agent().Move(t.Context(), id, "home"); err != nil || st.Node != 1 || st.Moves != 2 {
 		t.Errorf("Move home = %+v, %v", st, err)
+	}
+	// A lock is against moves that nobody asked for.
+	if st, err = h.agent().Move(t.Context(), pinned, "2"); err != nil || st.Node != 2 || !st.Locked {
+		t.Errorf("Move of a locked job = %+v, %v", st, err)
 	}
 	for _, id := range []string{id, pinned} {
 		if err := h.agent().Kill(t.Context(), id); err != nil {

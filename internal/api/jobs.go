@@ -49,7 +49,7 @@ type JobStart struct {
 	Best bool `json:"best,omitempty"`
 	// Bytes is the memory that the node must have free; 0 is any. With Best only.
 	Bytes int64 `json:"bytes,omitempty"`
-	// Locked says that the job stays where it is (-L), unless that node is leaving.
+	// Locked says that the job is moved only when its user says so (-L), or when its node is leaving.
 	Locked bool `json:"locked,omitempty"`
 	// NoStdin says that stdin was closed or is empty from the start.
 	NoStdin bool `json:"no_stdin,omitempty"`

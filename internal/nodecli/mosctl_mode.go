@@ -67,13 +67,15 @@ func mosctlModeVerbs(env *Env) []*cobra.Command {
 }
 
 func (v modeVerb) run(ctx context.Context, env *Env, agent *unixhttp.Client) error {
-	ask := func(f func(context.Context) error) error {
+	ask := func(f func(context.Context, *api.ModeStatus) error) (st api.ModeStatus, err error) {
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
-		return f(ctx)
+		return st, f(ctx, &st)
 	}
-	var st api.ModeStatus
-	if err := ask(func(ctx context.Context) error { return agent.Post(ctx, api.PathMode, v.change, &st) }); err != nil {
+	st, err := ask(func(ctx context.Context, st *api.ModeStatus) error {
+		return agent.Post(ctx, api.PathMode, v.change, st)
+	})
+	if err != nil {
 		return err
 	}
 	if v.left == nil {
@@ -90,7 +92,11 @@ func (v modeVerb) run(ctx context.Context, env *Env, agent *unixhttp.Client) err
 			return fault.New(fault.Unavailable, v.name, "jobs", fmt.Sprintf("%d %s", v.left(st), v.what), "it goes on without you")
 		case <-time.After(modePoll):
 		}
-		if err := ask(func(ctx context.Context) error { return agent.Get(ctx, api.PathMode, &st) }); err != nil && ctx.Err() == nil {
+		next, err := ask(func(ctx context.Context, st *api.ModeStatus) error { return agent.Get(ctx, api.PathMode, st) })
+		switch {
+		case err == nil:
+			st = next
+		case ctx.Err() == nil:
 			return err
 		}
 	}

@@ -45,8 +45,8 @@ Usage: mosrun [FLAGS] PROGRAM [ARG...]
   -j LIST    start on one of these nodes, at random: -j 1-4,7
   -m MB      with -b or -j: only on a node with so much free memory (MiB)
   -F         start at home if the node is not available
-  -L         lock: the job does not move, unless its node is leaving; -l is
-             the default
+  -L         lock: the job moves only if you move it, or its node is leaving;
+             -l is the default
   --socket PATH   the agent's unix socket
   --help
 

@@ -86,7 +86,8 @@ func counter(ctx context.Context, r *Run) error {
 	if _, err := r.asDemo(ctx, counterProgram, "sh", "-c", "rm -f stop counted && cat > counter.py"); err != nil {
 		return err
 	}
-	run := r.startAsDemo(ctx, "mosrun", "python3", "counter.py")
+	// Locked: who is where is ours to say, and no balancer's.
+	run := r.startAsDemo(ctx, "mosrun", "-h", "-L", "python3", "counter.py")
 	defer run.end()
 	var job api.JobStatus
 	if err := r.step("mosrun starts a counter", func() (string, error) {
