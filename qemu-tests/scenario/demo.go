@@ -43,7 +43,7 @@ func demo(ctx context.Context, r *Run) error {
 	if err := r.powerCycle(ctx, bios); err != nil {
 		return err
 	}
-	return r.show(ctx, "mosmon", "--once")
+	return r.share(ctx)
 }
 
 // joinBoth boots the first two nodes at once.

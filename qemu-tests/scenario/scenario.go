@@ -37,6 +37,7 @@ var all = []Scenario{
 	{"revoked", "a member that is thrown out disappears and is not heard any more", revoked},
 	{"unapproved", "an unknown machine stays pending, a denied one stays out, an approved one joins", unapproved},
 	{"counter", "a threaded program with a file and a pipe is moved ten times and loses no number", counter},
+	{"sharing", "six loops spread over three machines, one of which is then drained and switched off", sharing},
 	{"come-back", "a member that loses power is dead within seconds and comes back with its number", comeBack},
 	{"no-image-leak", "no key, hash or nonce of the head is in the image set", noImageLeak},
 	{"head-restart", "the head is killed, then loses power, while nodes are up: nothing is forgotten", headRestart},
@@ -198,7 +199,7 @@ func (r *Run) member(ctx context.Context, name string) (api.NodeRecord, error) {
 	return rec, err
 }
 
-// show prints the real output of a command on the head.
+// show prints the real output of a command of the head's operator.
 func (r *Run) show(ctx context.Context, argv ...string) error {
 	b, err := r.Lab.Output(ctx, argv...)
 	if err != nil {
