@@ -231,7 +231,8 @@ func (s *Service) start(ctx context.Context, who agentapi.Caller, req api.JobSta
 	err = j.setInfo(func(*Info) {})
 	if err == nil {
 		err = s.conf.Home.Start(ctx, j.id, node, spec)
-		if req.Best && node != s.conf.Self && fault.KindOf(err) == fault.Unavailable {
+		// Not if the node may have begun it: the program would run twice.
+		if req.Best && node != s.conf.Self && fault.KindOf(err) == fault.Unavailable && !errors.Is(err, migrate.ErrNoAnswer) {
 			s.log.Info("a job starts at home: the best node does not take it", "job", j.id, "node", node, "why", err)
 			node = s.conf.Self
 			err = s.conf.Home.Start(ctx, j.id, node, spec)

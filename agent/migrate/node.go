@@ -330,7 +330,7 @@ func (n *Node) coming() int64 {
 	var sum int64
 	for _, cp := range n.copies {
 		if rec := cp.record(); rec.Phase == prepared {
-			sum += 2 * rec.Bytes
+			sum += 2 * max(0, rec.Bytes)
 		}
 	}
 	return sum

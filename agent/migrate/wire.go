@@ -110,6 +110,10 @@ type Client struct {
 	Node api.NodeID // of a Peer
 }
 
+// ErrNoAnswer is that of a node that was asked and has not answered: it may
+// have done what it was asked for.
+var ErrNoAnswer = errors.New("no answer")
+
 func (c Client) call(ctx context.Context, node api.NodeID, m message) (reply, error) {
 	conn, err := c.Dial(ctx, node)
 	if err != nil {
@@ -127,7 +131,7 @@ func (c Client) call(ctx context.Context, node api.NodeID, m message) (reply, er
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), err, "")
+		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), fmt.Errorf("%w: %w", ErrNoAnswer, err), "")
 	}
 	return r, r.Error.Err()
 }
