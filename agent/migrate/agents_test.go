@@ -106,7 +106,7 @@ func agentMain(args []string) int {
 	}
 	var node *migrate.Node
 	home, err := migrate.NewHome(migrate.HomeConfig{
-		Self: conf.ID, Journal: homeJournal, Log: log,
+		Self: conf.ID, Journal: homeJournal, Files: mortalFiles{conf.keeperless()}, Log: log,
 		Peer: func(id api.NodeID) migrate.Peer {
 			if id == conf.ID {
 				return node

@@ -528,10 +528,18 @@ func (h *Home) do(ctx context.Context, j *homeJob, rec Record, task Task) error 
 		} else if rec.Prev != nil {
 			err = h.conf.Files.Commit(ctx, rec.Job, rec.At, rec.Pids)
 		}
+		order := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, From: rec.Thaws}
 		if err != nil {
-			return fault.New(fault.Unavailable, "hand over", "the files of job "+string(rec.Job), err, "")
+			err = fault.New(fault.KindOf(err), "hand over", "the files of job "+string(rec.Job), err, "")
+			switch {
+			case fault.KindOf(err) != fault.NotFound:
+				return err
+			case rec.At.Node != h.conf.Self: // at home a copy has its files open by itself
+				// The node alone knows whether the copy has run; if not, it must not any more.
+				order.Reason = err.Error()
+			}
 		}
-		err = h.conf.Peer(rec.At.Node).Resume(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, From: rec.Thaws})
+		err = h.conf.Peer(rec.At.Node).Resume(ctx, order)
 		if err == nil {
 			_, err = h.change(j, func(r Record) (Record, error) {
 				r = r.Confirm()

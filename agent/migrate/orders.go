@@ -414,12 +414,23 @@ func (n *Node) Resume(ctx context.Context, o Order) error {
 		return n.refuse("resume", o, "it is "+string(p), "")
 	}
 	_, err := cp.c.Status(ctx)
-	if errors.Is(err, capsule.ErrNoShim) || n.rootLost(cp.record()) != nil {
+	var why any
+	switch {
+	case errors.Is(err, capsule.ErrNoShim):
+		why = "the copy died before it ran"
+	case o.Reason != "":
+		why = o.Reason
+	default:
+		if err := n.rootLost(cp.record()); err != nil {
+			why = err
+		}
+	}
+	if why != nil {
 		// Without its files it could do nothing that the source could not do better.
 		if err := n.note(cp, func(r *copyRecord) { r.Phase = gone }); err != nil {
 			return err
 		}
-		return fault.New(fault.NotFound, "resume", "job "+string(o.Job), "the copy died before it ran", "")
+		return fault.New(fault.NotFound, "resume", "job "+string(o.Job), why, "")
 	}
 	err = n.resume(ctx, cp)
 	if errors.Is(err, capsule.ErrNoShim) {

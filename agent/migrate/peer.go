@@ -25,7 +25,8 @@ type Order struct {
 	// Machine is the source's, and Bytes the job's size there, for a Prepare.
 	Machine Machine
 	Bytes   int64
-	// Reason is why a move was called off.
+	// Reason is why a move was called off; of a Resume, why a copy that has not
+	// begun to run must not any more.
 	Reason string
 }
 
