@@ -40,8 +40,8 @@ func (j *job) measure(ctx context.Context, at migrate.Placement, limit time.Dura
 // status is the job, as measured within a second.
 func (j *job) status(ctx context.Context) (api.JobStatus, error) {
 	rec, err := j.s.conf.Home.Job(j.id)
-	if err != nil {
-		return api.JobStatus{}, err
+	if err != nil { // it has ended and was forgotten just now
+		return api.JobStatus{}, noJob(string(j.id))
 	}
 	asked := rec.End == nil && rec.Running
 	if asked {

@@ -26,6 +26,7 @@ import (
 	"mosimg/agent/migrate"
 	"mosimg/agent/pages"
 	"mosimg/internal/api"
+	"mosimg/internal/fault"
 )
 
 // The tests run agents as processes of their own, so that they can be killed
@@ -58,6 +59,7 @@ type event struct {
 	Step  migrate.Step `json:",omitempty"` // about to be taken; waits for go
 	Done  bool
 	Error string
+	Kind  fault.Kind `json:",omitempty"`
 	Jobs  []migrate.Record
 	Open  int
 }
@@ -182,7 +184,7 @@ func agentMain(args []string) int {
 		}
 		e.Jobs = home.Jobs()
 		if err != nil {
-			e.Error = err.Error()
+			e.Error, e.Kind = err.Error(), fault.KindOf(err)
 		}
 		return e
 	}

@@ -335,7 +335,7 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 	}
 	facts, err := h.inspect(ctx, j.record(), to)
 	if err != nil {
-		return err
+		return h.unlessEnded(ctx, j, err, 0)
 	}
 	rec, err := h.change(j, func(r Record) (Record, error) { return r.Reserve(to) })
 	if err != nil {
@@ -344,7 +344,7 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 	pids, stopped, err := h.carry(ctx, rec, facts)
 	if err != nil {
 		h.callOff(ctx, j, rec.Next, err.Error())
-		return fault.New(fault.Refused, "move", "job "+string(job), err, fmt.Sprintf("it runs on, on node %d", rec.At.Node))
+		return h.unlessEnded(ctx, j, fault.New(fault.Refused, "move", "job "+string(job), err, fmt.Sprintf("it runs on, on node %d", rec.At.Node)), endPatience)
 	}
 	h.step(job, StepCommit)
 	if _, err := h.change(j, func(r Record) (Record, error) {
@@ -353,7 +353,7 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 		return r, err
 	}); err != nil {
 		h.callOff(ctx, j, rec.Next, err.Error())
-		return err
+		return h.unlessEnded(ctx, j, err, 0)
 	}
 	h.mu.Lock()
 	h.stopped[job] = stopped
@@ -361,6 +361,36 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 	err = h.drive(ctx, j)
 	h.step(job, StepDone)
 	return err
+}
+
+// endPatience is how long a job may take to end whose end has made its move fail:
+// the dump sees a dead program before the leader above it has noticed.
+const endPatience = 300 * time.Millisecond
+
+// unlessEnded is why a move failed, unless the job has ended meanwhile: then it
+// is that, however far the move had come.
+func (h *Home) unlessEnded(ctx context.Context, j *homeJob, err error, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, stepTime)
+	defer cancel()
+	for until := time.Now().Add(patience); ; {
+		rec := j.record()
+		if rec.End != nil {
+			return rec.over("move")
+		}
+		// Its node may know before we are told.
+		_, ierr := h.conf.Peer(rec.At.Node).Inspect(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch})
+		if ierr != nil && fault.KindOf(ierr) == fault.NotFound {
+			return rec.over("move")
+		}
+		if ierr != nil && fault.KindOf(ierr) == fault.Unavailable || !time.Now().Before(until) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(retryFirst):
+		}
+	}
 }
 
 // inspect refuses what cannot be moved before anything is touched.

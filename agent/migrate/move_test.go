@@ -13,6 +13,7 @@ import (
 	"mosimg/agent/capsule/capsuletest"
 	"mosimg/agent/migrate"
 	"mosimg/internal/api"
+	"mosimg/internal/fault"
 )
 
 func TestMain(m *testing.M) {
@@ -126,6 +127,39 @@ func (c *cluster) record() migrate.Record {
 		c.t.Fatalf("jobs: %v", e.Jobs)
 	}
 	return e.Jobs[0]
+}
+
+// A script that moves a job which is just ending must be able to tell that
+// from a move that was refused.
+func TestMoveRacesEnd(t *testing.T) {
+	for _, step := range []migrate.Step{migrate.StepPrepare, migrate.StepFreeze} {
+		t.Run(string(step), func(t *testing.T) {
+			c := newCluster(t, 3)
+			c.start(1)
+			c.agents[1].must(command{Do: "move", Job: "j", To: 2})
+			c.progress()
+			c.agents[1].send(command{Do: "move", Job: "j", To: 3})
+			e, _ := c.agents[1].done(func(s migrate.Step) {
+				if s != step {
+					return
+				}
+				if err := os.WriteFile(filepath.Join(c.w.Work, "log.stop"), nil, 0o644); err != nil {
+					t.Error(err)
+				}
+				for deadline := time.Now().Add(20 * time.Second); len(c.pids(2, "job")) > 0 && time.Now().Before(deadline); {
+					time.Sleep(time.Millisecond)
+				}
+			})
+			if e.Kind != fault.NotFound || !strings.Contains(e.Error, "it has ended") {
+				t.Errorf("move of a job that ends = %q, kind %d; want that it has ended, kind %d", e.Error, e.Kind, fault.NotFound)
+			}
+			c.settle()
+			if end := c.record().End; end == nil || *end != (migrate.End{Exit: 7}) {
+				t.Errorf("the job ended with %+v; want exit 7", end)
+			}
+			c.agents[1].must(command{Do: "forget", Job: "j"})
+		})
+	}
 }
 
 // A job goes round three nodes and home again, with its memory.

@@ -28,6 +28,11 @@ func (n *Node) refuse(op string, o Order, cause any, hint string) error {
 	return fault.New(fault.Refused, op, fmt.Sprintf("epoch %d of job %s on node %d", o.Epoch, o.Job, n.conf.Self), cause, hint)
 }
 
+// over refuses an order about a copy that has ended.
+func (n *Node) over(op string, o Order) error {
+	return fault.New(fault.NotFound, op, fmt.Sprintf("epoch %d of job %s on node %d", o.Epoch, o.Job, n.conf.Self), "it has ended", "")
+}
+
 // Prepare implements Peer.
 func (n *Node) Prepare(ctx context.Context, o Order) error {
 	if err := errors.Join(n.welcome("prepare", o, o.Owner), n.fits(o)); err != nil {
@@ -83,9 +88,15 @@ func (n *Node) Inspect(ctx context.Context, o Order) (Facts, error) {
 	if cp == nil {
 		return Facts{}, n.refuse("inspect", o, "this node knows nothing of it", "")
 	}
+	if cp.record().Phase == ended {
+		return Facts{}, n.over("inspect", o)
+	}
 	st, err := cp.c.Measure(ctx)
 	if err != nil {
 		return Facts{}, err
+	}
+	if st.State == control.Ended {
+		return Facts{}, n.over("inspect", o)
 	}
 	if st.State != control.Running || st.Use == nil {
 		return Facts{}, n.refuse("inspect", o, "it is "+string(st.State), "")
@@ -112,6 +123,9 @@ func (n *Node) copyIn(op string, o Order, want phase) (*jobCopy, error) {
 	cp.turn.Lock()
 	if p := cp.record().Phase; p != want {
 		cp.turn.Unlock()
+		if p == ended {
+			return nil, n.over(op, o)
+		}
 		return nil, n.refuse(op, o, "it is "+string(p), "")
 	}
 	return cp, nil

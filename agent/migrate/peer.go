@@ -44,7 +44,7 @@ type Facts struct {
 type Peer interface {
 	// Start starts a job. The error wraps the errno when the program cannot be run.
 	Start(context.Context, Order, control.Spec) error
-	// Inspect looks at a copy that runs.
+	// Inspect looks at a copy that runs; fault.NotFound is one that has ended.
 	Inspect(context.Context, Order) (Facts, error)
 	// Prepare makes an empty capsule for the copy, or says why the job cannot be here.
 	Prepare(context.Context, Order) error
