@@ -20,7 +20,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	capsuletest.Main(m, map[string]func([]string) int{"counter": counter, "daemonise": daemonise, "daemon": daemon, "contents": contents, "pinned": pinned})
+	capsuletest.Main(m, map[string]func([]string) int{"counter": counter, "daemonise": daemonise, "daemon": daemon, "contents": contents, "pinned": pinned, "locker": locker})
 }
 
 // run runs a job to its end.

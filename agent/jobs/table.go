@@ -1,6 +1,7 @@
 package jobs
 
 import (
+	"cmp"
 	"context"
 	"sync"
 	"time"
@@ -56,7 +57,7 @@ func (j *job) status(ctx context.Context) (api.JobStatus, error) {
 		Home:  j.s.conf.Self, Node: rec.At.Node, Since: rec.Since, Started: j.info.Started,
 		Moves: rec.Moves, Epoch: rec.At.Epoch, Locked: j.info.Locked,
 		Bytes: j.use.Bytes, Processes: j.use.Processes, CPUSeconds: float64(j.use.CPUMicros) / 1e6,
-		Reason: rec.Reason, Pinned: j.use.Pinned, Downtime: rec.Downtime,
+		Reason: rec.Reason, Pinned: cmp.Or(j.use.Pinned, j.use.Locked), Downtime: rec.Downtime,
 	}, nil
 }
 

@@ -162,6 +162,31 @@ func TestMoveRacesEnd(t *testing.T) {
 	}
 }
 
+// A dump that met a process just ending is made once more: the user does not
+// hear of it. One that meets it again is told.
+func TestDumpIsTriedAgain(t *testing.T) {
+	for races, want := range map[int]string{1: "", 2: "a process ended while it was being stopped"} {
+		t.Run(strconv.Itoa(races), func(t *testing.T) {
+			c := newCluster(t, 2)
+			c.agents[1].kill()
+			c.agents[1].conf.CRIU = c.w.Racy(c.w.CRIU, races)
+			c.agents[1].start()
+			c.start(1)
+			c.progress()
+			c.agents[1].send(command{Do: "move", Job: "j", To: 2})
+			e, _ := c.agents[1].done(nil)
+			if want == "" && e.Error != "" || !strings.Contains(e.Error, want) {
+				t.Errorf("move with %d races = %q; want %q", races, e.Error, want)
+			}
+			at := api.NodeID(2)
+			if want != "" {
+				at = 1
+			}
+			c.finish(at)
+		})
+	}
+}
+
 // A job goes round three nodes and home again, with its memory.
 func TestRound(t *testing.T) {
 	c := newCluster(t, 3)

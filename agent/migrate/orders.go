@@ -243,7 +243,16 @@ func (n *Node) send(ctx context.Context, cp *jobCopy, o Order) error {
 		return err
 	}
 	w := pages.NewWriter(conn)
-	if err := n.dump(ctx, cp, images, w); err != nil {
+	err = n.dump(ctx, cp, images, w)
+	if err != nil && fault.KindOf(err) == fault.Unavailable && ctx.Err() == nil && w.Images == 0 {
+		// A race with a process that ended, and nothing has been sent of the job.
+		n.log.Info("dump again", "job", o.Job, "err", err)
+		if err := emptyDir(images); err != nil {
+			return err
+		}
+		err = n.dump(ctx, cp, images, w)
+	}
+	if err != nil {
 		return err
 	}
 	// From here on the job stands still, and after a crash the home is asked.
@@ -258,6 +267,20 @@ func (n *Node) send(ctx context.Context, cp *jobCopy, o Order) error {
 		return err
 	}
 	return w.End()
+}
+
+// emptyDir removes the files of an open folder, which stays the same one.
+func emptyDir(dir *os.File) error {
+	root, err := os.OpenRoot(dir.Name())
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	entries, err := os.ReadDir(dir.Name())
+	for _, e := range entries {
+		err = errors.Join(err, root.RemoveAll(e.Name()))
+	}
+	return err
 }
 
 func (n *Node) syncRoot(ctx context.Context, cp *jobCopy) error {

@@ -41,6 +41,7 @@ type Writer struct {
 	r       io.Reader
 	Bytes   uint64 // sent so far, without buffering
 	Pages64 uint64 // pages with content sent so far
+	Images  uint64 // images begun so far
 	begun   bool
 }
 
@@ -68,6 +69,7 @@ func (w *Writer) put(b []byte) error {
 
 // Open implements Receiver.
 func (w *Writer) Open(id ImageID) error {
+	w.Images++
 	return w.put(binary.BigEndian.AppendUint64([]byte{recOpen, byte(id.Kind)}, id.ID))
 }
 

@@ -184,6 +184,8 @@ type Use struct {
 	CPUMicros int64
 	// Pinned is why the job cannot be moved as it is now; "" if it can.
 	Pinned string `json:",omitempty"`
+	// Locked is the file lock that it holds now: to be moved it has to let go.
+	Locked string `json:",omitempty"`
 }
 
 // Error is a failure on its way to the other side.

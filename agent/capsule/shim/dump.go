@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"mosimg/agent/capsule/control"
@@ -57,6 +60,9 @@ func (s *shim) dump(ctx context.Context, images, pages *os.File) error {
 		return nil
 	case err := <-done:
 		<-finished
+		if errors.Is(err, swrk.ErrRace) {
+			return fault.New(fault.Unavailable, "dump", "job of capsule "+s.conf.ID, err, "the job runs on; try again")
+		}
 		return fault.New(fault.Refused, "dump", "job of capsule "+s.conf.ID, err, "the job runs on")
 	}
 }
@@ -67,13 +73,6 @@ func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.
 	if err := s.movable(st.Leader); err != nil {
 		return err
 	}
-	if st.Stopped {
-		// CRIU cannot stop what is frozen already. The job runs for the moment
-		// until CRIU has it; it is frozen again when it is there.
-		if err := s.job.Thaw(); err != nil {
-			return err
-		}
-	}
 	opts := s.options(dumpLog)
 	opts.Pid = proto.Int32(int32(st.Leader))
 	extra := []uintptr(nil)
@@ -82,8 +81,20 @@ func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.
 		opts.Ps = &rpc.CriuPageServerInfo{Fd: proto.Int32(criuExtraFD)}
 	}
 	commit := false
+	var seizing sync.WaitGroup
+	defer seizing.Wait()
+	seized, end := context.WithCancel(ctx) // also by CRIU's end
+	defer end()
 	_, err := s.runCRIU(ctx, rpc.CriuReqType_DUMP, opts, images, extra, func(ctx context.Context, n swrk.Notify) error {
-		if n.Stage != swrk.PostDump {
+		switch n.Stage {
+		case swrk.PreDump:
+			if err := s.quiet(ctx, st); err != nil {
+				return err
+			}
+			seizing.Go(func() { s.thawSeized(seized, st.Leader) })
+			return nil
+		case swrk.PostDump:
+		default:
 			return nil
 		}
 		if err := s.seal(ctx, st, images); err != nil {
@@ -116,7 +127,7 @@ func (s *shim) seal(ctx context.Context, st control.Status, images *os.File) err
 	if err != nil {
 		return err
 	}
-	if err := locked(pids); err != nil { // taken since movable
+	if err := locked(pids); err != nil { // taken since quiet, which cannot be
 		return err
 	}
 	im := image{Leader: st.Leader, Program: st.Program, Pids: pids, Pipes: s.pipes, CPUMicros: s.cpuMicros()}
@@ -200,18 +211,29 @@ func (s *shim) movable(leader int) error {
 	return pinned(pids, uids[0])
 }
 
+// looks is how often a tree is looked at of which a process ends meanwhile.
+const looks = 20
+
 // inTree returns the processes of the job, all of which must be the leader's
 // descendants: CRIU would leave others behind without an error.
-func (s *shim) inTree(leader int) ([]int, error) {
-	pids, err := s.job.Procs()
-	if err != nil {
-		return nil, err
-	}
-	parents := make(map[int]int)
-	for _, pid := range pids {
-		if parents[pid], err = parentOf(pid); err != nil {
+func (s *shim) inTree(leader int) (pids []int, err error) {
+	var parents map[int]int
+	for range looks {
+		if pids, err = s.job.Procs(); err != nil {
 			return nil, err
 		}
+		parents = make(map[int]int)
+		for _, pid := range pids {
+			if parents[pid], err = parentOf(pid); err != nil {
+				break
+			}
+		}
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, err
 	}
 	if stray := strayIn(parents, leader); stray >= 0 {
 		return nil, fmt.Errorf("process %d (%s) is in the job's group, but not in its tree", stray, nameOf(stray))

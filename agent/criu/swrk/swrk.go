@@ -58,6 +58,7 @@ func (c *Conn) Close() error { return c.c.Close() }
 type Stage string
 
 const (
+	PreDump         Stage = "pre-dump"         // nothing is stopped yet
 	PostDump        Stage = "post-dump"        // all is written, the tree is stopped and about to be killed
 	SetupNamespaces Stage = "setup-namespaces" // the root task is there, and has no child yet
 	PostRestore     Stage = "post-restore"
