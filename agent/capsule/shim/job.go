@@ -322,7 +322,11 @@ func (s *shim) launch(spec *control.Spec, p *pipes) (launched, error) {
 		if errors.Is(err, unix.ENOENT) {
 			kind = fault.NotFound
 		}
-		return l, fault.New(kind, "run", spec.Argv[0], err, "")
+		hint := ""
+		if !errors.Is(err, leader.ErrExec) {
+			hint = "are its resource limits (ulimit -a) large enough to start a program?"
+		}
+		return l, fault.New(kind, "run", spec.Argv[0], err, hint)
 	}
 	return launched{pid: pid, program: program, ended: ended}, nil
 }

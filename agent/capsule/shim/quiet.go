@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"time"
@@ -10,12 +11,13 @@ import (
 	"mosimg/agent/capsule/control"
 )
 
-// quietTime bounds the wait for a moment in which a job can be dumped, and
-// quietStep is the pause between two looks. A program that works in transactions lets
-// go of its locks for a moment at least after each.
+// quietTime bounds the wait for a moment in which a job can be dumped. A program
+// that works in transactions lets go of its locks for a moment at least after each.
+// quietShort and quietStep are times between two looks: see restless.
 const (
-	quietTime = 2 * time.Second
-	quietStep = time.Millisecond
+	quietTime  = 2 * time.Second
+	quietShort = 10 * time.Microsecond
+	quietStep  = time.Millisecond
 )
 
 // quiet freezes the job in a moment in which it can be dumped, and lets it run
@@ -25,7 +27,7 @@ const (
 func (s *shim) quiet(ctx context.Context, st control.Status) error {
 	ctx, cancel := context.WithTimeout(ctx, settleTime)
 	defer cancel()
-	for until := time.Now().Add(quietTime); ; {
+	for tries, until := 0, time.Now().Add(quietTime); ; tries++ {
 		// Not after a look at the running job: it could take the lock again in between, and
 		// the time that it is without one may be shorter than that.
 		if err := s.job.Freeze(ctx); err != nil {
@@ -40,6 +42,7 @@ func (s *shim) quiet(ctx context.Context, st control.Status) error {
 			busy, err = awaitingChild(pids)
 		}
 		if busy == nil || err != nil {
+			s.log.Debug("quiet", "tries", tries, "err", err)
 			return err
 		}
 		if st.Stopped { // it must not run, so waiting would change nothing
@@ -51,11 +54,25 @@ func (s *shim) quiet(ctx context.Context, st control.Status) error {
 		if time.Now().After(until) {
 			return fmt.Errorf("%w, and did so for %v whenever it was looked at", busy, quietTime)
 		}
-		select {
-		case <-ctx.Done():
+		if ctx.Err() != nil {
 			return context.Cause(ctx)
-		case <-time.After(quietStep):
 		}
+		restless(tries)
+	}
+}
+
+// restless lets a job run for a while that is another one each time, from some
+// microseconds to some milliseconds. A freeze waits for the end of a system call such as fsync,
+// so looks at even times would all come at the same point of a
+// transaction; and what follows that point is over in microseconds.
+func restless(tries int) {
+	d := quietShort << (tries % 9)
+	d += rand.N(d)
+	if d > quietStep {
+		time.Sleep(d)
+		return
+	}
+	for began := time.Now(); time.Since(began) < d; { // a sleep would take longer
 	}
 }
 
