@@ -382,8 +382,8 @@ func (c *Capsule) Signal(ctx context.Context, sig unix.Signal, group bool) error
 	return err
 }
 
-// SignalOnce is Signal for one that has a name, not 0: if it is sent again under that
-// name before any other, it arrives once, also when the job has moved in between.
+// SignalOnce is Signal for the id-th one: if it is sent again, or one before it, it
+// arrives once, also when the job has moved in between. 0 is Signal itself.
 func (c *Capsule) SignalOnce(ctx context.Context, id uint64, sig unix.Signal, group bool) error {
 	_, err := c.call(ctx, control.Request{Verb: control.Signal, ID: id, Signal: int(sig), Group: group})
 	return err

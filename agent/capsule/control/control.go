@@ -117,8 +117,8 @@ type Request struct {
 	Commit bool   `json:",omitempty"`
 	Signal int    `json:",omitempty"`
 	Group  bool   `json:",omitempty"`
-	// ID names a signal, so that it can be sent again when it is not known whether
-	// it arrived: one that was the last to arrive does not come twice. 0 names none.
+	// ID counts a job's signals, so that they can be sent again, in their order, when it is not
+	// known whether they arrived: none comes twice, or after a later one. 0 is not counted.
 	ID     uint64 `json:",omitempty"`
 	Offset uint64 `json:",omitempty"` // of an output stream: the first byte wanted
 	// Measure fills in Status.Use: it costs a look at every process.
