@@ -212,21 +212,24 @@ func spawn(ctx context.Context, conf Config) error {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case len(word) == 0:
-		return fmt.Errorf("the shim died: %s", tail(filepath.Join(conf.Dir, "shim.log")))
+		return fmt.Errorf("its shim ended before it was ready; %s", tail(filepath.Join(conf.Dir, "shim.log")))
 	case string(word) != shim.ReadyWord:
 		return errors.New(strings.TrimSpace(string(word)))
 	}
 	return nil
 }
 
-// tail is the last line of a file.
+// tail is the last line of a log, in words.
 func tail(path string) string {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return err.Error()
 	}
 	lines := strings.Split(strings.TrimSpace(string(data)), "\n")
-	return lines[len(lines)-1]
+	if last := lines[len(lines)-1]; last != "" {
+		return "it said: " + last
+	}
+	return "it said nothing, so it was killed: is there memory left?"
 }
 
 // Attach is a capsule that an earlier agent made: with its shim running or not.

@@ -266,8 +266,8 @@ func TestStartFails(t *testing.T) {
 	conf := capsule.Config{Exe: "/bin/true", Config: control.Config{ // no shim
 		ID: "fails", Dir: filepath.Join(w.Run("run"), "fails"), Cgroup: w.Cgroup("fails"), Root: w.Home(), CRIU: w.CRIU,
 	}}
-	if _, err := capsule.Start(t.Context(), conf); err == nil || !strings.Contains(err.Error(), "the shim died") {
-		t.Errorf("Start: %v; want that the shim died", err)
+	if _, err := capsule.Start(t.Context(), conf); err == nil || !strings.Contains(err.Error(), "shim ended before it was ready; it said") {
+		t.Errorf("Start: %v; want that the shim ended, and what it said", err)
 	}
 	for _, path := range []string{conf.Dir, conf.Cgroup} {
 		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {

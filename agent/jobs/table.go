@@ -44,13 +44,16 @@ func (j *job) status(ctx context.Context) (api.JobStatus, error) {
 	if err != nil { // it has ended and was forgotten just now
 		return api.JobStatus{}, noJob(string(j.id))
 	}
-	asked := rec.End == nil && rec.Running
-	if asked {
+	answered := false
+	if rec.End == nil && rec.Running {
 		_, err = j.measure(ctx, rec.At, measureTime, true)
+		answered = err == nil
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	silent := err != nil || !asked && j.silent
+	// One question without an answer says little; what is known is shown until watch
+	// has found the node silent for a while.
+	silent := j.silent && !answered
 	return api.JobStatus{
 		ID: string(j.id), PID: j.info.PID, UID: int(j.info.UID), Argv: j.info.Argv,
 		State: stateOf(rec, silent, j.stopped),

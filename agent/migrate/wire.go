@@ -113,7 +113,7 @@ func (c Client) call(ctx context.Context, node api.NodeID, m message) (reply, er
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), err, "")
+		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), fault.HungUp("the node's agent", err), "")
 	}
 	return r, r.Error.Err()
 }

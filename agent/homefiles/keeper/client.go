@@ -91,7 +91,7 @@ func (c *Client) ask(ctx context.Context, r request) ([]string, error) {
 		err = errors.New("it ends")
 	}
 	if err != nil {
-		return nil, fault.New(fault.Unavailable, string(r.Op), "home files of job "+r.Job, err, "")
+		return nil, fault.New(fault.Unavailable, string(r.Op), "home files of job "+r.Job, fault.HungUp("the process that serves them", err), "")
 	}
 	return a.Locks, a.Error.Err()
 }
