@@ -26,6 +26,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -336,6 +337,39 @@ func (c *Capsule) Dump(ctx context.Context, images, pages *os.File) error {
 		files = append(files, pages)
 	}
 	_, err := c.call(ctx, control.Request{Verb: control.Dump}, files...)
+	return err
+}
+
+// DumpWhen is Dump in a moment of which quiet says, by nil, that it is a good
+// one. It is asked again and again, with the job frozen meanwhile; after a while its
+// error is that of the dump.
+func (c *Capsule) DumpWhen(ctx context.Context, images, pages *os.File, quiet func(context.Context) error) error {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socketpair", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "gate"), os.NewFile(uintptr(fds[1]), "gate")
+	defer theirs.Close()
+	gate, err := net.FileConn(ours)
+	ours.Close()
+	if err != nil {
+		return err
+	}
+	var asked sync.WaitGroup
+	defer asked.Wait()
+	defer gate.Close()
+	asked.Go(func() {
+		var req control.Request
+		for {
+			if _, err := control.Receive(gate, &req); err != nil {
+				return // nothing more is asked
+			}
+			if control.Send(gate, control.Answer{Error: control.FromError(quiet(ctx))}) != nil {
+				return
+			}
+		}
+	})
+	_, err = c.call(ctx, control.Request{Verb: control.Dump}, images, pages, theirs)
 	return err
 }
 

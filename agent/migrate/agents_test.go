@@ -219,6 +219,13 @@ func (j judge) Ask(ctx context.Context, home api.NodeID, job migrate.JobID, p mi
 	return j.remote.Ask(ctx, home, job, p)
 }
 
+func (j judge) Unlocked(ctx context.Context, home api.NodeID, job migrate.JobID, p migrate.Placement) error {
+	if home == j.self {
+		return j.home.Unlocked(ctx, home, job, p)
+	}
+	return j.remote.Unlocked(ctx, home, job, p)
+}
+
 func (j judge) Ended(ctx context.Context, home api.NodeID, job migrate.JobID, p migrate.Placement, end migrate.End) error {
 	if home == j.self {
 		return j.home.Ended(ctx, home, job, p, end)

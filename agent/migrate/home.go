@@ -333,7 +333,7 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 	if _, err := j.record().Reserve(to); err != nil {
 		return err
 	}
-	facts, err := h.inspect(ctx, j.record(), to)
+	facts, err := h.inspect(ctx, j.record())
 	if err != nil {
 		return h.unlessEnded(ctx, j, err, 0)
 	}
@@ -394,7 +394,7 @@ func (h *Home) unlessEnded(ctx context.Context, j *homeJob, err error, patience 
 }
 
 // inspect refuses what cannot be moved before anything is touched.
-func (h *Home) inspect(ctx context.Context, rec Record, to api.NodeID) (Facts, error) {
+func (h *Home) inspect(ctx context.Context, rec Record) (Facts, error) {
 	ctx, cancel := context.WithTimeout(ctx, stepTime)
 	defer cancel()
 	refuse := func(cause any) error {
@@ -407,18 +407,27 @@ func (h *Home) inspect(ctx context.Context, rec Record, to api.NodeID) (Facts, e
 	if facts.Use.Pinned != "" {
 		return facts, refuse(facts.Use.Pinned)
 	}
-	return facts, h.unlocked(ctx, rec, to)
+	return facts, nil
+}
+
+// Unlocked implements Judge.
+func (h *Home) Unlocked(ctx context.Context, _ api.NodeID, job JobID, c Placement) error {
+	j, err := h.job(job)
+	if err != nil {
+		return err
+	}
+	if rec := j.record(); rec.At != c {
+		return fault.New(fault.NotFound, "find", "job "+string(job), fmt.Sprintf("epoch %d of node %d is not the job", c.Epoch, c.Node), "")
+	}
+	return h.unlocked(ctx, job)
 }
 
 // unlocked refuses a move home of a job that holds locks on home files: here
 // the kernel would have to know its processes as their holders.
-func (h *Home) unlocked(ctx context.Context, rec Record, to api.NodeID) error {
-	if to != h.conf.Self {
-		return nil
-	}
-	locks, err := h.conf.Files.Locks(ctx, rec.Job)
+func (h *Home) unlocked(ctx context.Context, job JobID) error {
+	locks, err := h.conf.Files.Locks(ctx, job)
 	if err == nil && len(locks) > 0 {
-		err = fault.New(fault.Refused, "move home", "job "+string(rec.Job), "it holds a lock: "+locks[0], "try again when it has let go")
+		err = fault.New(fault.Refused, "move home", "job "+string(job), locks[0], "try again when it has let go")
 	}
 	return err
 }
@@ -449,7 +458,10 @@ func (h *Home) carry(ctx context.Context, rec Record, facts Facts) (pids map[uin
 			if err := h.conf.Files.Sync(ctx, rec.Job); err != nil {
 				return err
 			}
-			return h.unlocked(ctx, rec, rec.Next.Node) // taken since the first look
+			if rec.Next.Node != h.conf.Self {
+				return nil
+			}
+			return h.unlocked(ctx, rec.Job) // the source has seen to that
 		}},
 		{StepRestore, func() (err error) {
 			after, err = dst.Restore(ctx, atDst)

@@ -243,14 +243,14 @@ func (n *Node) send(ctx context.Context, cp *jobCopy, o Order) error {
 		return err
 	}
 	w := pages.NewWriter(conn)
-	err = n.dump(ctx, cp, images, w)
+	err = n.dump(ctx, cp, o, images, w)
 	if err != nil && fault.KindOf(err) == fault.Unavailable && ctx.Err() == nil && w.Images == 0 {
 		// A race with a process that ended, and nothing has been sent of the job.
 		n.log.Info("dump again", "job", o.Job, "err", err)
 		if err := emptyDir(images); err != nil {
 			return err
 		}
-		err = n.dump(ctx, cp, images, w)
+		err = n.dump(ctx, cp, o, images, w)
 	}
 	if err != nil {
 		return err
@@ -291,7 +291,7 @@ func (n *Node) syncRoot(ctx context.Context, cp *jobCopy) error {
 }
 
 // dump runs the dump with a page socket between CRIU and us.
-func (n *Node) dump(ctx context.Context, cp *jobCopy, images *os.File, w *pages.Writer) error {
+func (n *Node) dump(ctx context.Context, cp *jobCopy, o Order, images *os.File, w *pages.Writer) error {
 	ours, theirs, err := pageSockets()
 	if err != nil {
 		return err
@@ -305,7 +305,13 @@ func (n *Node) dump(ctx context.Context, cp *jobCopy, images *os.File, w *pages.
 		}
 		served <- err
 	}()
-	err = cp.c.Dump(ctx, images, theirs)
+	if o.To.Node == o.Home {
+		err = cp.c.DumpWhen(ctx, images, theirs, func(ctx context.Context) error {
+			return n.conf.Judge.Unlocked(ctx, o.Home, o.Job, Placement{n.conf.Self, o.Epoch})
+		})
+	} else {
+		err = cp.c.Dump(ctx, images, theirs)
+	}
 	theirs.Close()
 	if err != nil {
 		// CRIU has ended, so Serve does: its own reason is the better one, unless

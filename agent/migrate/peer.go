@@ -65,6 +65,9 @@ type Peer interface {
 
 // Judge is a home as its nodes see it: Home for its own node, Client for others.
 type Judge interface {
+	// Unlocked tells, by an error of kind fault.Refused, that the copy holds locks on
+	// home files: while it does, the job cannot move home.
+	Unlocked(ctx context.Context, home api.NodeID, job JobID, c Placement) error
 	// Ended tells the end of the copy that owns the job.
 	Ended(ctx context.Context, home api.NodeID, job JobID, c Placement, end End) error
 	// Ask asks what is to become of a copy. A home that answers has not lost

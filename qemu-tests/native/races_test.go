@@ -113,7 +113,8 @@ func (c *cluster) transactionsMove() {
 	for _, to := range []api.NodeID{2, 3, 1, 2, 1} {
 		time.Sleep(300 * time.Millisecond)
 		began := time.Now()
-		j.mustMigrate(to)
+		// It is a matter of luck, which a busy machine has less of.
+		c.eventually(40*time.Second, "it moves", func() error { return j.migrate(to) })
 		c.t.Logf("to %d in %v", to, time.Since(began).Round(time.Millisecond))
 	}
 	c.goesOn("transactions")
@@ -122,9 +123,10 @@ func (c *cluster) transactionsMove() {
 	}
 }
 
-// A limit of the program's memory is not one of what starts it.
+// A limit of the address space comes through mosrun to the program. (mosrun itself
+// needs some of it, with cgo as it is built here 2 GiB.)
 func (c *cluster) littleMemory() {
-	const limit, show = "ulimit -v 1000000", `ulimit -v; ulimit -d; grep 'address space' /proc/self/limits`
+	const limit, show = "ulimit -v 3000000", `ulimit -v; ulimit -d; grep 'address space' /proc/self/limits`
 	native, err := c.shell(c.all[0], c.dir, limit, "sh", "-c", show).Output()
 	if err != nil {
 		c.t.Fatal(stderrOf(err))

@@ -95,7 +95,8 @@ const (
 	Start   Verb = "start"   // run Spec
 	Query   Verb = "query"   // answer with Status at once
 	Wait    Verb = "wait"    // answer with Status when the job has ended or moved away
-	Dump    Verb = "dump"    // descriptors: images folder, and the page socket if pages go there; answers when the job is dumped and frozen
+	Dump    Verb = "dump"    // descriptors: images folder, the page socket if pages go there, and a gate; answers when the job is dumped and frozen
+	Quiet   Verb = "quiet"   // shim -> agent, at a gate: may the job, which is frozen, be dumped in this moment? An Error says why not
 	Finish  Verb = "finish"  // decide about a dumped job: Commit kills it, otherwise it runs on
 	Restore Verb = "restore" // descriptor: images folder; answers when the job is there and frozen
 	Resume  Verb = "resume"  // let a restored job run

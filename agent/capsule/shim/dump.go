@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -26,7 +27,7 @@ var errAborted = errors.New("the move was called off")
 // its pages in the page socket) and the job is frozen. After an error the
 // job runs on as before. The end of ctx before that point aborts; after it
 // only finish decides.
-func (s *shim) dump(ctx context.Context, images, pages *os.File) error {
+func (s *shim) dump(ctx context.Context, images, pages *os.File, gate net.Conn) error {
 	if err := s.change("dump", control.Dumping, control.Running); err != nil {
 		images.Close()
 		return err
@@ -44,7 +45,7 @@ func (s *shim) dump(ctx context.Context, images, pages *os.File) error {
 	go func() {
 		defer images.Close()
 		defer cancel(nil)
-		err := s.dumpTo(dctx, st, images, pages, func() bool {
+		err := s.dumpTo(dctx, st, images, pages, gate, func() bool {
 			if !detach() {
 				return false
 			}
@@ -69,7 +70,7 @@ func (s *shim) dump(ctx context.Context, images, pages *os.File) error {
 
 // dumpTo runs CRIU. decide is called with the job dumped and frozen, and says
 // whether it is to be killed.
-func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.File, decide func() bool) error {
+func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.File, gate net.Conn, decide func() bool) error {
 	if err := s.movable(st.Leader); err != nil {
 		return err
 	}
@@ -88,7 +89,7 @@ func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.
 	_, err := s.runCRIU(ctx, rpc.CriuReqType_DUMP, opts, images, extra, func(ctx context.Context, n swrk.Notify) error {
 		switch n.Stage {
 		case swrk.PreDump:
-			if err := s.quiet(ctx, st); err != nil {
+			if err := s.quiet(ctx, st, gate); err != nil {
 				return err
 			}
 			seizing.Go(func() { s.thawSeized(seized, st.Leader) })

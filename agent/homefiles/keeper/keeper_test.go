@@ -126,6 +126,9 @@ func TestDeadKeeperIsNoSuccess(t *testing.T) {
 		t.Fatal(err)
 	}
 	want("a keeper that was started later")
+	if err := c.Remove(ctx, "other"); err != nil { // it ends without a job
+		t.Fatal(err)
+	}
 }
 
 // What is no request is refused, and the keeper goes on.
