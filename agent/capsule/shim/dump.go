@@ -212,34 +212,36 @@ func (s *shim) movable(leader int) error {
 	return pinned(pids, uids[0])
 }
 
-// looks is how often a tree is looked at of which a process ends meanwhile.
+// looks is how often a tree that changes meanwhile is looked at.
 const looks = 20
 
 // inTree returns the processes of the job, all of which must be the leader's
-// descendants: CRIU would leave others behind without an error.
+// descendants: CRIU would leave others behind without an error. In a job that runs, one may
+// end between the list and the look at it, and leave children that seem to be strays.
 func (s *shim) inTree(leader int) (pids []int, err error) {
-	var parents map[int]int
 	for range looks {
 		if pids, err = s.job.Procs(); err != nil {
 			return nil, err
 		}
-		parents = make(map[int]int)
+		parents := make(map[int]int)
 		for _, pid := range pids {
 			if parents[pid], err = parentOf(pid); err != nil {
 				break
 			}
 		}
-		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
-			break
+		switch {
+		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH):
+			continue
+		case err != nil:
+			return nil, err
 		}
+		stray := strayIn(parents, leader)
+		if stray < 0 {
+			return pids, nil
+		}
+		err = fmt.Errorf("process %d (%s) is in the job's group, but not in its tree", stray, nameOf(stray))
 	}
-	if err != nil {
-		return nil, err
-	}
-	if stray := strayIn(parents, leader); stray >= 0 {
-		return nil, fmt.Errorf("process %d (%s) is in the job's group, but not in its tree", stray, nameOf(stray))
-	}
-	return pids, nil
+	return nil, err
 }
 
 // threadsOf lists the threads of processes, themselves among them.

@@ -103,16 +103,16 @@ func slowly(tries int) {
 func (s *shim) thawSeized(ctx context.Context, leader int) {
 	// Not until each is seen to stand: CRIU may be at work in the first ones by then, and
 	// wait for us. Held is held; a look later the last one has also been told to stop.
-	for looks := 0; ctx.Err() == nil; time.Sleep(seizeStep) {
+	for times := 0; ctx.Err() == nil; time.Sleep(seizeStep) {
 		pids, err := s.inTree(leader)
 		if err == nil {
-			looks++
+			times++
 			held, err := allTraced(pids)
 			if err != nil || !held {
-				looks = 0
+				times = 0
 			}
 		}
-		if looks > 1 {
+		if times > 1 {
 			if err := s.job.Thaw(); err != nil {
 				s.log.Error("cannot thaw a job for its dump", "err", err)
 			}
