@@ -44,6 +44,9 @@ type agentConfig struct {
 	Root    control.Root
 }
 
+// synced is a file that says that guests' files have been synced.
+func (c agentConfig) synced() string { return filepath.Join(c.Dir, "synced") }
+
 // rootless is a file that says that the guests' files have gone.
 func (c agentConfig) rootless() string { return filepath.Join(c.Dir, "rootless") }
 
@@ -64,13 +67,19 @@ type event struct {
 	Open  int
 }
 
-type oneRoot struct{ root control.Root }
+// oneRoot is the same tree for all; synced is a file that is made when it was synced.
+type oneRoot struct {
+	root   control.Root
+	synced string
+}
 
 func (r oneRoot) Open(context.Context, api.NodeID, migrate.JobID, uint64) (control.Root, error) {
 	return r.root, nil
 }
 
-func (r oneRoot) Sync(context.Context, api.NodeID, migrate.JobID, uint64) error { return nil }
+func (r oneRoot) Sync(context.Context, api.NodeID, migrate.JobID, uint64) error {
+	return os.WriteFile(r.synced, nil, 0o600)
+}
 
 func (r oneRoot) Close(context.Context, api.NodeID, migrate.JobID, uint64) error { return nil }
 
@@ -130,7 +139,7 @@ func agentMain(args []string) int {
 		CRIU:    func() control.CRIU { return conf.CRIU },
 		Pages:   func() pages.Protocol { return pages.Protocol41 },
 		Machine: func() migrate.Machine { return migrate.Machine{Version: "test"} },
-		Roots:   oneRoot{conf.Root}, Dial: dial,
+		Roots:   oneRoot{conf.Root, conf.synced()}, Dial: dial,
 		Judge: judge{conf.ID, home, client},
 		RootLost: func(of api.NodeID, _ migrate.JobID, _ uint64) error {
 			if _, err := os.Stat(conf.rootless()); err == nil && of != conf.ID {

@@ -129,6 +129,22 @@ func (c *cluster) record() migrate.Record {
 	return e.Jobs[0]
 }
 
+// What a guest wrote to mapped files is with its home before the home knows of its
+// end: who waits for the job reads it next.
+func TestEndIsToldAfterSync(t *testing.T) {
+	c := newCluster(t, 2)
+	c.start(1)
+	c.agents[1].must(command{Do: "move", Job: "j", To: 2})
+	c.progress()
+	if err := os.Remove(c.agents[2].conf.synced()); err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	c.finish(2)
+	if _, err := os.Stat(c.agents[2].conf.synced()); err != nil {
+		t.Errorf("the end of a guest was told without a sync of its files: %v", err)
+	}
+}
+
 // A script that moves a job which is just ending must be able to tell that
 // from a move that was refused.
 func TestMoveRacesEnd(t *testing.T) {
