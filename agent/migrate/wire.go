@@ -46,18 +46,19 @@ type reply struct {
 type op string
 
 const (
-	opStart   op = "start"
-	opInspect op = "inspect"
-	opPrepare op = "prepare"
-	opFreeze  op = "freeze"
-	opRestore op = "restore"
-	opResume  op = "resume"
-	opThaw    op = "thaw"
-	opDiscard op = "discard"
-	opPages   op = "pages"
-	opCapsule op = "capsule"
-	opAsk     op = "ask"
-	opEnded   op = "ended"
+	opStart    op = "start"
+	opInspect  op = "inspect"
+	opPrepare  op = "prepare"
+	opFreeze   op = "freeze"
+	opRestore  op = "restore"
+	opResume   op = "resume"
+	opThaw     op = "thaw"
+	opDiscard  op = "discard"
+	opPages    op = "pages"
+	opCapsule  op = "capsule"
+	opAsk      op = "ask"
+	opUnlocked op = "unlocked"
+	opEnded    op = "ended"
 )
 
 // maxMessage bounds a message. Most have some hundred bytes; the largest is a
@@ -113,7 +114,7 @@ func (c Client) call(ctx context.Context, node api.NodeID, m message) (reply, er
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), err, "")
+		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), fault.HungUp("the node's agent", err), "")
 	}
 	return r, r.Error.Err()
 }
@@ -186,6 +187,12 @@ func (c Client) Ask(ctx context.Context, home api.NodeID, job JobID, p Placement
 	return r.Verdict, r.Epoch, err
 }
 
+// Unlocked implements Judge.
+func (c Client) Unlocked(ctx context.Context, home api.NodeID, job JobID, p Placement) error {
+	_, err := c.call(ctx, home, message{Op: opUnlocked, Order: Order{Job: job, Home: home}, Copy: &p})
+	return err
+}
+
 // Ended implements Judge.
 func (c Client) Ended(ctx context.Context, home api.NodeID, job JobID, p Placement, end End) error {
 	_, err := c.call(ctx, home, message{Op: opEnded, Order: Order{Job: job, Home: home}, Copy: &p, End: &end})
@@ -235,7 +242,7 @@ func (s Server) Serve(ctx context.Context, conn net.Conn, from api.NodeID) {
 }
 
 func (s Server) do(ctx context.Context, m message, from api.NodeID) reply {
-	if m.Op == opAsk || m.Op == opEnded {
+	if m.Op == opAsk || m.Op == opEnded || m.Op == opUnlocked {
 		return s.tell(ctx, m, from)
 	}
 	if m.Order.Home != from {
@@ -277,6 +284,9 @@ func (s Server) do(ctx context.Context, m message, from api.NodeID) reply {
 func (s Server) tell(ctx context.Context, m message, from api.NodeID) reply {
 	if m.Copy == nil || m.Copy.Node != from || m.Op == opEnded && m.End == nil {
 		return reply{Error: control.FromError(fault.New(fault.Usage, string(m.Op), "job "+string(m.Order.Job), "it is not the asker's copy", ""))}
+	}
+	if m.Op == opUnlocked {
+		return reply{Error: control.FromError(s.Home.Unlocked(ctx, m.Order.Home, m.Order.Job, *m.Copy))}
 	}
 	if m.Op == opEnded {
 		return reply{Error: control.FromError(s.Home.Ended(ctx, m.Order.Home, m.Order.Job, *m.Copy, *m.End))}
