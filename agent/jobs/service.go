@@ -8,8 +8,8 @@
 // speaks to us by package wire, we to the job's shim by package capsule. Both
 // count bytes from the beginning of a stream, and nothing is forgotten before
 // the next one has it, so either connection may break at any byte: nothing
-// is lost, doubled or reordered. What is not kept over a restart of the agent
-// is a signal that was not delivered yet, because its job was just being moved.
+// is lost, doubled or reordered. So it is with signals: mosrun keeps each until it
+// has reached the job.
 package jobs
 
 import (

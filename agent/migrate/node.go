@@ -396,6 +396,13 @@ func (n *Node) noteEnd(ctx context.Context, cp *jobCopy, end End) error {
 	if err := n.rootLost(cp.record()); err != nil && end.Lost == "" {
 		end.Lost = err.Error()
 	}
+	// What it wrote to mapped files may still be on its way from this node's
+	// cache, and who waits for the job looks at its files next.
+	if end.Lost == "" {
+		if err := n.syncRoot(ctx, cp); err != nil {
+			n.log.Warn("what a job wrote last to mapped files may not be at its home", "job", cp.record().Job, "home", cp.record().Home, "err", err)
+		}
+	}
 	if err := n.note(cp, func(r *copyRecord) { r.Phase, r.End = ended, &end }); err != nil {
 		return err
 	}
