@@ -281,6 +281,9 @@ func (a *Agent) probe(ctx context.Context) {
 // again on a busy machine must not measure it anew.
 const speedFile = "speed"
 
+// speedPause is between the rounds of the measurement.
+const speedPause = 500 * time.Millisecond
+
 // calibrate finds out how fast a CPU of this machine is.
 func (a *Agent) calibrate() {
 	speed, err := a.cfg.Speed, error(nil)
@@ -290,7 +293,7 @@ func (a *Agent) calibrate() {
 		speed, _ = strconv.Atoi(string(data))
 	}
 	if speed <= 0 {
-		if speed, err = load.Speed(); err == nil {
+		if speed, err = load.Speed(speedPause); err == nil {
 			err = atomicfile.Write(path, []byte(strconv.Itoa(speed)), 0o600)
 		}
 	}

@@ -25,6 +25,8 @@ const (
 	moveLimit = 15 * time.Minute
 	// lookAgain is how long a job that could not be moved is taken not to be movable.
 	lookAgain = 10 * time.Second
+	// maxLoad is above the load of any job.
+	maxLoad = 1 << 20
 )
 
 // ownLoad is this machine as it was last measured.
@@ -317,6 +319,8 @@ func (b *balancer) admit(o migrate.Order) error {
 		return fault.New(fault.Unavailable, "come to", fmt.Sprintf("node %d", b.self), "it takes no guests (mosctl block)", "")
 	case o.Bid == migrate.Bid{}:
 		return nil // somebody wants it here
+	case !(o.Bid.Load >= 0 && o.Bid.Load < maxLoad && o.Bid.Limit >= 0): // true for NaN too
+		return fault.New(fault.Usage, "come to", fmt.Sprintf("node %d", b.self), fmt.Sprintf("an impossible bid %+v", o.Bid), "")
 	}
 	own, _ := b.own()
 	self := nodeOf(own.LoadVector, 0)

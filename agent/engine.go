@@ -195,6 +195,13 @@ func (j homeJudge) Ended(ctx context.Context, home api.NodeID, job migrate.JobID
 	return j.others.Ended(ctx, home, job, c, end)
 }
 
+func (j homeJudge) Unlocked(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement) error {
+	if home == j.self {
+		return j.home().Unlocked(ctx, home, job, c)
+	}
+	return j.others.Unlocked(ctx, home, job, c)
+}
+
 func (j homeJudge) Ask(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement) (migrate.Verdict, uint64, error) {
 	if home == j.self {
 		return j.home().Ask(ctx, home, job, c)

@@ -90,8 +90,12 @@ func (k *modeKeeper) change(c api.ModeChange) error {
 
 // handleMode serves api.PathMode.
 func (a *Agent) handleMode() {
-	a.server.Handle("GET "+api.PathMode, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		unixhttp.Reply(w, a.modeStatus())
+	a.server.Handle("GET "+api.PathMode, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		st := a.modeStatus()
+		if who := agentapi.CallerOf(r.Context()); !who.Local || who.UID != 0 {
+			st.Why = nil // others' jobs are not everybody's business
+		}
+		unixhttp.Reply(w, st)
 	}))
 	a.server.Handle("POST "+api.PathMode, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if who := agentapi.CallerOf(r.Context()); !who.Local || who.UID != 0 {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -107,6 +108,7 @@ func TestAdmitted(t *testing.T) {
 		{"its own job", 9, api.Mode{Blocked: true, Leaving: true}, migrate.Order{Home: 1, Bid: bid}, ""},
 		{"a good bid", 0, api.Mode{}, migrate.Order{Home: 2, Bid: bid}, ""},
 		{"a bid that is too late", 2, api.Mode{}, migrate.Order{Home: 2, Bid: bid}, "others were quicker"},
+		{"a bid that cannot be", 0, api.Mode{}, migrate.Order{Home: 2, Bid: migrate.Bid{Load: math.NaN(), Limit: 2}}, "impossible"},
 		{"from a node that is leaving", 9, api.Mode{}, migrate.Order{Home: 2, Bid: migrate.Bid{Load: 1}}, ""},
 	} {
 		err := testBalancer(t, machineWith(tc.load), tc.mode).admit(tc.o)

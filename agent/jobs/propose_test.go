@@ -120,20 +120,22 @@ func TestProposals(t *testing.T) {
 }
 
 // unreachable is a node on which nothing can be started.
-type unreachable struct{ node }
-
-func (unreachable) Start(context.Context, migrate.Order, control.Spec) error {
-	return fault.New(fault.Unavailable, "connect to", "node 3", "no route to host", "")
+type unreachable struct {
+	node
+	why *error
 }
+
+func (u unreachable) Start(context.Context, migrate.Order, control.Spec) error { return *u.why }
 
 // mosrun -b: the agent chooses. A node that cannot be reached is no reason not to run the program.
 func TestBestNode(t *testing.T) {
 	f := newFleet(t)
 	h, b := balancedHome(t, f)
 	h.stop()
+	var failure error = fault.New(fault.Unavailable, "connect to", "node 3", "no route to host", "")
 	h.peer = func(id api.NodeID) migrate.Peer {
 		if id == 3 {
-			return unreachable{node{f, id}}
+			return unreachable{node{f, id}, &failure}
 		}
 		return node{f, id}
 	}
@@ -163,6 +165,11 @@ func TestBestNode(t *testing.T) {
 		if err := h.agent().Kill(t.Context(), id); err != nil {
 			t.Error(err)
 		}
+	}
+	// It may have begun it: at home it would run a second time.
+	b.node, failure = 3, fault.New(fault.Unavailable, "start", "job", migrate.ErrNoAnswer, "")
+	if _, err := start(); fault.KindOf(err) != fault.Unavailable {
+		t.Errorf("a node that has been asked and does not answer: %v", err)
 	}
 	b.node, b.why = 0, "no node has the memory"
 	if _, err := start(); fault.KindOf(err) != fault.Unavailable || !strings.Contains(err.Error(), "no node has the memory") {

@@ -8,8 +8,8 @@
 // speaks to us by package wire, we to the job's shim by package capsule. Both
 // count bytes from the beginning of a stream, and nothing is forgotten before
 // the next one has it, so either connection may break at any byte: nothing
-// is lost, doubled or reordered. What is not kept over a restart of the agent
-// is a signal that was not delivered yet, because its job was just being moved.
+// is lost, doubled or reordered. So it is with signals: mosrun keeps each until it
+// has reached the job.
 package jobs
 
 import (
@@ -231,7 +231,8 @@ func (s *Service) start(ctx context.Context, who agentapi.Caller, req api.JobSta
 	err = j.setInfo(func(*Info) {})
 	if err == nil {
 		err = s.conf.Home.Start(ctx, j.id, node, spec)
-		if req.Best && node != s.conf.Self && fault.KindOf(err) == fault.Unavailable {
+		// Not if the node may have begun it: the program would run twice.
+		if req.Best && node != s.conf.Self && fault.KindOf(err) == fault.Unavailable && !errors.Is(err, migrate.ErrNoAnswer) {
 			s.log.Info("a job starts at home: the best node does not take it", "job", j.id, "node", node, "why", err)
 			node = s.conf.Self
 			err = s.conf.Home.Start(ctx, j.id, node, spec)

@@ -124,7 +124,7 @@ func TestSpeedRepeats(t *testing.T) {
 	}
 	const runs = 3
 	for range runs {
-		s, err := Speed()
+		s, err := Speed(time.Millisecond)
 		if err != nil || s < 1 {
 			t.Fatalf("Speed = %d, %v", s, err)
 		}

@@ -30,14 +30,18 @@ const (
 // Speed measures the speed of one CPU of this machine, in units of which
 // ReferenceSpeed is the reference's: the best of speedRounds rounds, each of as many chunks as fit into
 // speedRound. It takes 0.2 s, counted by the thread's own clock, so that other processes lengthen it, but hardly
-// change the result. On a CPU of a fiftieth of the reference's speed a round is three chunks.
-func Speed() (int, error) {
+// change the result. On a CPU of a fiftieth of the reference's speed a round is three chunks. The rounds are pause apart: what a
+// virtual CPU's neighbours take away from it is in no clock of its own, and comes in bursts.
+func Speed(pause time.Duration) (int, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	table := make([]uint64, speedWords)
 	work(table) // it comes into the caches, and the clock of the CPU up
 	var rates []float64
-	for range speedRounds {
+	for i := range speedRounds {
+		if i > 0 {
+			time.Sleep(pause)
+		}
 		began, err := threadTime()
 		if err != nil {
 			return 0, err

@@ -342,9 +342,9 @@ func (h *Home) MoveFor(ctx context.Context, job JobID, to api.NodeID, bid Bid) e
 	if _, err := j.record().Reserve(to); err != nil {
 		return err
 	}
-	facts, err := h.inspect(ctx, j.record(), to)
+	facts, err := h.inspect(ctx, j.record())
 	if err != nil {
-		return err
+		return h.unlessEnded(ctx, j, err, 0)
 	}
 	rec, err := h.change(j, func(r Record) (Record, error) { return r.Reserve(to) })
 	if err != nil {
@@ -353,7 +353,7 @@ func (h *Home) MoveFor(ctx context.Context, job JobID, to api.NodeID, bid Bid) e
 	pids, stopped, err := h.carry(ctx, rec, facts, bid)
 	if err != nil {
 		h.callOff(ctx, j, rec.Next, err.Error())
-		return fault.New(fault.Refused, "move", "job "+string(job), err, fmt.Sprintf("it runs on, on node %d", rec.At.Node))
+		return h.unlessEnded(ctx, j, fault.New(fault.Refused, "move", "job "+string(job), err, fmt.Sprintf("it runs on, on node %d", rec.At.Node)), endPatience)
 	}
 	h.step(job, StepCommit)
 	if _, err := h.change(j, func(r Record) (Record, error) {
@@ -362,7 +362,7 @@ func (h *Home) MoveFor(ctx context.Context, job JobID, to api.NodeID, bid Bid) e
 		return r, err
 	}); err != nil {
 		h.callOff(ctx, j, rec.Next, err.Error())
-		return err
+		return h.unlessEnded(ctx, j, err, 0)
 	}
 	h.mu.Lock()
 	h.stopped[job] = stopped
@@ -372,8 +372,38 @@ func (h *Home) MoveFor(ctx context.Context, job JobID, to api.NodeID, bid Bid) e
 	return err
 }
 
+// endPatience is how long a job may take to end whose end has made its move fail:
+// the dump sees a dead program before the leader above it has noticed.
+const endPatience = 300 * time.Millisecond
+
+// unlessEnded is why a move failed, unless the job has ended meanwhile: then it
+// is that, however far the move had come.
+func (h *Home) unlessEnded(ctx context.Context, j *homeJob, err error, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, stepTime)
+	defer cancel()
+	for until := time.Now().Add(patience); ; {
+		rec := j.record()
+		if rec.End != nil {
+			return rec.over("move")
+		}
+		// Its node may know before we are told.
+		_, ierr := h.conf.Peer(rec.At.Node).Inspect(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch})
+		if ierr != nil && fault.KindOf(ierr) == fault.NotFound {
+			return rec.over("move")
+		}
+		if ierr != nil && fault.KindOf(ierr) == fault.Unavailable || !time.Now().Before(until) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(retryFirst):
+		}
+	}
+}
+
 // inspect refuses what cannot be moved before anything is touched.
-func (h *Home) inspect(ctx context.Context, rec Record, to api.NodeID) (Facts, error) {
+func (h *Home) inspect(ctx context.Context, rec Record) (Facts, error) {
 	ctx, cancel := context.WithTimeout(ctx, stepTime)
 	defer cancel()
 	refuse := func(cause any) error {
@@ -386,18 +416,27 @@ func (h *Home) inspect(ctx context.Context, rec Record, to api.NodeID) (Facts, e
 	if facts.Use.Pinned != "" {
 		return facts, refuse(facts.Use.Pinned)
 	}
-	return facts, h.unlocked(ctx, rec, to)
+	return facts, nil
+}
+
+// Unlocked implements Judge.
+func (h *Home) Unlocked(ctx context.Context, _ api.NodeID, job JobID, c Placement) error {
+	j, err := h.job(job)
+	if err != nil {
+		return err
+	}
+	if rec := j.record(); rec.At != c {
+		return fault.New(fault.NotFound, "find", "job "+string(job), fmt.Sprintf("epoch %d of node %d is not the job", c.Epoch, c.Node), "")
+	}
+	return h.unlocked(ctx, job)
 }
 
 // unlocked refuses a move home of a job that holds locks on home files: here
 // the kernel would have to know its processes as their holders.
-func (h *Home) unlocked(ctx context.Context, rec Record, to api.NodeID) error {
-	if to != h.conf.Self {
-		return nil
-	}
-	locks, err := h.conf.Files.Locks(ctx, rec.Job)
+func (h *Home) unlocked(ctx context.Context, job JobID) error {
+	locks, err := h.conf.Files.Locks(ctx, job)
 	if err == nil && len(locks) > 0 {
-		err = fault.New(fault.Refused, "move home", "job "+string(rec.Job), "it holds a lock: "+locks[0], "try again when it has let go")
+		err = fault.New(fault.Refused, "move home", "job "+string(job), locks[0], "try again when it has let go")
 	}
 	return err
 }
@@ -429,7 +468,10 @@ func (h *Home) carry(ctx context.Context, rec Record, facts Facts, bid Bid) (pid
 			if err := h.conf.Files.Sync(ctx, rec.Job); err != nil {
 				return err
 			}
-			return h.unlocked(ctx, rec, rec.Next.Node) // taken since the first look
+			if rec.Next.Node != h.conf.Self {
+				return nil
+			}
+			return h.unlocked(ctx, rec.Job) // the source has seen to that
 		}},
 		{StepRestore, func() (err error) {
 			after, err = dst.Restore(ctx, atDst)
@@ -538,10 +580,18 @@ func (h *Home) do(ctx context.Context, j *homeJob, rec Record, task Task) error 
 		} else if rec.Prev != nil {
 			err = h.conf.Files.Commit(ctx, rec.Job, rec.At, rec.Pids)
 		}
+		order := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, From: rec.Thaws}
 		if err != nil {
-			return fault.New(fault.Unavailable, "hand over", "the files of job "+string(rec.Job), err, "")
+			err = fault.New(fault.KindOf(err), "hand over", "the files of job "+string(rec.Job), err, "")
+			switch {
+			case fault.KindOf(err) != fault.NotFound:
+				return err
+			case rec.At.Node != h.conf.Self: // at home a copy has its files open by itself
+				// The node alone knows whether the copy has run; if not, it must not any more.
+				order.Reason = err.Error()
+			}
 		}
-		err = h.conf.Peer(rec.At.Node).Resume(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, From: rec.Thaws})
+		err = h.conf.Peer(rec.At.Node).Resume(ctx, order)
 		if err == nil {
 			_, err = h.change(j, func(r Record) (Record, error) {
 				r = r.Confirm()

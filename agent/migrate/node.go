@@ -330,7 +330,7 @@ func (n *Node) coming() int64 {
 	var sum int64
 	for _, cp := range n.copies {
 		if rec := cp.record(); rec.Phase == prepared {
-			sum += 2 * rec.Bytes
+			sum += 2 * max(0, rec.Bytes)
 		}
 	}
 	return sum
@@ -395,6 +395,13 @@ func (n *Node) noteEnd(ctx context.Context, cp *jobCopy, end End) error {
 	// which says nothing about it.
 	if err := n.rootLost(cp.record()); err != nil && end.Lost == "" {
 		end.Lost = err.Error()
+	}
+	// What it wrote to mapped files may still be on its way from this node's
+	// cache, and who waits for the job looks at its files next.
+	if end.Lost == "" {
+		if err := n.syncRoot(ctx, cp); err != nil {
+			n.log.Warn("what a job wrote last to mapped files may not be at its home", "job", cp.record().Job, "home", cp.record().Home, "err", err)
+		}
 	}
 	if err := n.note(cp, func(r *copyRecord) { r.Phase, r.End = ended, &end }); err != nil {
 		return err

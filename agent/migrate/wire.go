@@ -58,20 +58,21 @@ type reply struct {
 type op string
 
 const (
-	opStart   op = "start"
-	opInspect op = "inspect"
-	opPrepare op = "prepare"
-	opFreeze  op = "freeze"
-	opRestore op = "restore"
-	opResume  op = "resume"
-	opThaw    op = "thaw"
-	opDiscard op = "discard"
-	opPages   op = "pages"
-	opCapsule op = "capsule"
-	opAsk     op = "ask"
-	opEnded   op = "ended"
-	opPropose op = "propose"
-	opWhy     op = "why"
+	opStart    op = "start"
+	opInspect  op = "inspect"
+	opPrepare  op = "prepare"
+	opFreeze   op = "freeze"
+	opRestore  op = "restore"
+	opResume   op = "resume"
+	opThaw     op = "thaw"
+	opDiscard  op = "discard"
+	opPages    op = "pages"
+	opCapsule  op = "capsule"
+	opAsk      op = "ask"
+	opUnlocked op = "unlocked"
+	opEnded    op = "ended"
+	opPropose  op = "propose"
+	opWhy      op = "why"
 )
 
 // maxMessage bounds a message. Most have some hundred bytes; the largest is a
@@ -110,6 +111,10 @@ type Client struct {
 	Node api.NodeID // of a Peer
 }
 
+// ErrNoAnswer is that of a node that was asked and has not answered: it may
+// have done what it was asked for.
+var ErrNoAnswer = errors.New("no answer")
+
 func (c Client) call(ctx context.Context, node api.NodeID, m message) (reply, error) {
 	conn, err := c.Dial(ctx, node)
 	if err != nil {
@@ -127,7 +132,7 @@ func (c Client) call(ctx context.Context, node api.NodeID, m message) (reply, er
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), err, "")
+		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), fmt.Errorf("%w: %w", ErrNoAnswer, fault.HungUp("the node's agent", err)), "")
 	}
 	return r, r.Error.Err()
 }
@@ -200,6 +205,12 @@ func (c Client) Ask(ctx context.Context, home api.NodeID, job JobID, p Placement
 	return r.Verdict, r.Epoch, err
 }
 
+// Unlocked implements Judge.
+func (c Client) Unlocked(ctx context.Context, home api.NodeID, job JobID, p Placement) error {
+	_, err := c.call(ctx, home, message{Op: opUnlocked, Order: Order{Job: job, Home: home}, Copy: &p})
+	return err
+}
+
 // Ended implements Judge.
 func (c Client) Ended(ctx context.Context, home api.NodeID, job JobID, p Placement, end End) error {
 	_, err := c.call(ctx, home, message{Op: opEnded, Order: Order{Job: job, Home: home}, Copy: &p, End: &end})
@@ -266,7 +277,7 @@ func (s Server) Serve(ctx context.Context, conn net.Conn, from api.NodeID) {
 }
 
 func (s Server) do(ctx context.Context, m message, from api.NodeID) reply {
-	if m.Op == opAsk || m.Op == opEnded || m.Op == opPropose {
+	if m.Op == opAsk || m.Op == opEnded || m.Op == opUnlocked || m.Op == opPropose {
 		return s.tell(ctx, m, from)
 	}
 	if m.Order.Home != from {
@@ -319,6 +330,9 @@ func (s Server) tell(ctx context.Context, m message, from api.NodeID) reply {
 		}
 		// A move that is begun is not called off because its source has hung up: it may have to freeze first.
 		return reply{Error: control.FromError(s.Propose(context.WithoutCancel(ctx), m.Order.Job, *m.Copy, *m.Move))}
+	}
+	if m.Op == opUnlocked {
+		return reply{Error: control.FromError(s.Home.Unlocked(ctx, m.Order.Home, m.Order.Job, *m.Copy))}
 	}
 	if m.Op == opEnded {
 		return reply{Error: control.FromError(s.Home.Ended(ctx, m.Order.Home, m.Order.Job, *m.Copy, *m.End))}

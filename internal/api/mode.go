@@ -37,6 +37,6 @@ type ModeStatus struct {
 	// Guests are here or on their way; Away are this home's jobs elsewhere.
 	Guests int `json:"guests"`
 	Away   int `json:"away"`
-	// Why tells of jobs that should leave, or come, why they have not yet.
+	// Why tells root of jobs that should leave, or come, why they have not yet.
 	Why map[string]string `json:"why,omitempty"`
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -105,11 +106,12 @@ func (v modeVerb) run(ctx context.Context, env *Env, agent *unixhttp.Client) err
 
 // progress is how many jobs are left, and why those that cannot move.
 func (v modeVerb) progress(st api.ModeStatus) string {
-	text := fmt.Sprintf("mosctl %s: %d %s\n", v.name, v.left(st), v.what)
+	var text strings.Builder
+	fmt.Fprintf(&text, "mosctl %s: %d %s\n", v.name, v.left(st), v.what)
 	for _, job := range slices.Sorted(maps.Keys(st.Why)) {
 		if why := st.Why[job]; why != "" {
-			text += fmt.Sprintf("  %s: %s\n", job, why)
+			fmt.Fprintf(&text, "  %s: %s\n", job, why)
 		}
 	}
-	return text
+	return text.String()
 }

@@ -56,6 +56,10 @@ mosrun reads ahead of the program, up to 256 KiB of stdin: in a loop over a
 list give it </dev/null. While the agent or the job's node is away for a
 while, it waits.
 
+A limit of the address space (ulimit -v) is the program's. mosrun itself needs
+some 600 MiB of it on a 64-bit machine: set a smaller one within the job, by
+mosrun sh -c 'ulimit -v 200000; exec PROGRAM'.
+
 Exit status: the program's own, or death by the same signal. And:
   125  mosrun failed and said why: the program was not started, or not all of
        its output could be written, or it was lost with its node

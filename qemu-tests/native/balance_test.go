@@ -2,6 +2,7 @@ package native
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -71,16 +72,12 @@ func (c *cluster) awaitSpread(limit time.Duration, jobs []*job, want ...int) (mo
 // Each tells its jobs' load alone, and they are alike.
 func TestLoadLevels(t *testing.T) {
 	c := newClusterOf(t, "--load=jobs", "--speed=10000")
-	cpus := 0
+	c.idleCost(10 * time.Second)
 	table, err := c.head.members()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range table.Members {
-		cpus = m.Load.CPUs
-	}
-	// Two for each CPU of a machine: level is two for each CPU everywhere.
-	each := cpus
+	each := table.Members[0].Load.CPUs // then nobody waits, and nobody is idle
 	jobs := c.loops(c.all[0], 3*each, "-h")
 	moves := c.awaitSpread(2*time.Minute, jobs, each, each, each)
 	if moves > 3*each {
@@ -102,6 +99,29 @@ func TestLoadLevels(t *testing.T) {
 		}
 	}
 	t.Log(c.mosps(c.all[0], "-w"))
+}
+
+// idleCost logs what the agent of node 2 takes while nothing runs: for docs/measurements.md.
+func (c *cluster) idleCost(d time.Duration) {
+	c.t.Helper()
+	look := func() (ticks, bytes int64) {
+		out, err := c.all[1].command("sh", "-c", "cat /proc/$0/stat /sys/class/net/eth0/statistics/tx_bytes", strconv.Itoa(c.all[1].agent.cmd.Process.Pid)).Output()
+		f := strings.Fields(string(out))
+		if err != nil || len(f) < 17 {
+			c.t.Fatalf("%v: %q", err, out)
+		}
+		user, _ := strconv.ParseInt(f[13], 10, 64)
+		system, _ := strconv.ParseInt(f[14], 10, 64)
+		bytes, err = strconv.ParseInt(f[len(f)-1], 10, 64)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		return user + system, bytes
+	}
+	ticks, bytes := look()
+	time.Sleep(d)
+	t2, b2 := look()
+	c.t.Logf("an idle agent takes %.2f %% of a CPU and sends %d bytes a second", float64(t2-ticks)/d.Seconds(), (b2-bytes)/int64(d.Seconds()))
 }
 
 // mosps is what it prints on a machine.

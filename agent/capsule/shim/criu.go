@@ -117,13 +117,18 @@ func (s *shim) runCRIU(ctx context.Context, kind rpc.CriuReqType, opts *rpc.Criu
 	if errors.Is(err, errAborted) {
 		return nil, err
 	}
-	if why := explain(images, opts.GetLogFile()); why != "" && errors.Is(err, swrk.ErrFailed) {
-		return nil, fmt.Errorf("criu: %s", why)
+	log := readLog(images, opts.GetLogFile())
+	if why := swrk.Explain(log); why != "" && errors.Is(err, swrk.ErrFailed) {
+		err = fmt.Errorf("criu: %s", why)
+		if swrk.Raced(log) {
+			err = fmt.Errorf("%w (%w)", swrk.ErrRace, err)
+		}
 	}
 	return nil, err
 }
 
-func explain(images *os.File, name string) string {
+// readLog is what CRIU has written, as far as it can be read.
+func readLog(images *os.File, name string) string {
 	root, err := openRoot(images)
 	if err != nil {
 		return ""
@@ -133,5 +138,5 @@ func explain(images *os.File, name string) string {
 	if err != nil {
 		return ""
 	}
-	return swrk.Explain(string(data))
+	return string(data)
 }

@@ -47,6 +47,15 @@ const (
 	opRemove  op = "remove"
 )
 
+// needsJob tells whether an operation can only be carried out by the keeper that
+// was told of the job: to call it done would leave a guest without its files.
+func (o op) needsJob() bool { return o == opSync || o == opCommit }
+
+// lost is what is said of a job that this keeper, or none, knows.
+func lost(r request) error {
+	return fault.New(fault.NotFound, string(r.Op), "home files of job "+r.Job, "the process that served them has died", "")
+}
+
 // request is the first line of a connection.
 type request struct {
 	Session api.NodeID `json:",omitempty"`
@@ -203,6 +212,9 @@ func (s *server) do(ctx context.Context, r request) (a reply, err error) {
 			return a, err
 		}
 	} else if !s.knows(r.Job) {
+		if r.Op.needsJob() {
+			return a, lost(r)
+		}
 		return a, nil // its guests have nothing here
 	}
 	switch r.Op {
