@@ -88,6 +88,9 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 		newCRIUCmd,
 		newBenchCmd,
 		newTickerCmd,
+		newHomefsInsideCmd,
+		newKeeperCmd,
+		newMountCmd,
 	} {
 		root.AddCommand(verb(env))
 	}
