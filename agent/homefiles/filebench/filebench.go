@@ -83,7 +83,7 @@ func (c Config) check() error {
 // needed are the programs that are run, and the Debian packages they come from.
 var needed = []struct{ program, pkg string }{
 	{"sshfs", "sshfs"}, {"sshd", "openssh-server"}, {"ssh", "openssh-client"}, {"ssh-keygen", "openssh-client"},
-	{"git", "git"}, {"tar", "tar"}, {"dd", "coreutils"}, {"chroot", "coreutils"}, {"sh", "dash"},
+	{"git", "git"}, {"tar", "tar"}, {"dd", "coreutils"}, {"python3", "python3"}, {"sh", "dash"},
 }
 
 // path is where programs are looked for: sshd is in none of a user's folders.

@@ -32,18 +32,15 @@ const (
 	starts    = 50
 )
 
-// interpreters, the first of which that is there is used: what is started, and a
-// program that loads a few modules, as programs do.
-var interpreters = []struct{ name, path, args string }{
-	{"python3", "/usr/bin/python3", "-I -c 'import json, email.message, http.client'"},
-	{"perl", "/usr/bin/perl", "-e 'use POSIX; use File::Find; use IO::Socket'"},
-}
+// python is the distribution's, which finds its modules by its own path: in the
+// tree that it was started from.
+const python = "/usr/bin/python3"
 
 // worksOf are the pieces of work in the order in which they are done: the first
 // needs a fresh mount, and some need what an earlier one has left.
 func worksOf(conf Config) []work {
 	read := "dd if=$SRC/" + bigName + " of=/dev/null bs=1M status=none"
-	all := []work{
+	return []work{
 		{fmt.Sprintf("read-cold-%dMiB", conf.MiB), read},
 		{fmt.Sprintf("read-warm-%dMiB", conf.MiB), read},
 		{fmt.Sprintf("write-fsync-%dMiB", conf.MiB), fmt.Sprintf("dd if=/dev/zero of=out bs=1M count=%d conv=fsync status=none", conf.MiB)},
@@ -51,15 +48,9 @@ func worksOf(conf Config) []work {
 		{fmt.Sprintf("untar-%d", conf.Files), "tar -xf $SRC/" + tarName + " --no-same-owner --no-same-permissions"},
 		{fmt.Sprintf("git-clone-%d", repoFiles), "git clone -q --no-hardlinks $SRC/" + repoName + " clone"},
 		{fmt.Sprintf("git-status-%d", repoFiles), "git -C clone status --short"},
+		{fmt.Sprintf("python3-starts-%d", starts), fmt.Sprintf("i=0; while [ $i -lt %d ]; do i=$((i+1)); $ROOT"+python+
+			" -I -c 'import json, email.message, http.client'; done", starts)},
 	}
-	for _, i := range interpreters {
-		if _, err := os.Stat(i.path); err == nil {
-			all = append(all, work{fmt.Sprintf("%s-starts-%d", i.name, starts),
-				fmt.Sprintf("i=0; while [ $i -lt %d ]; do i=$((i+1)); chroot $ROOT %s %s; done", starts, i.path, i.args)})
-			break
-		}
-	}
-	return all
 }
 
 // time does the work in dir of the tree at root, and gives the seconds.
