@@ -33,6 +33,12 @@ func (f *forwarder) fromKernel(msg []byte, buf *link.Buf) {
 		f.writeKernel(wire.Reply(h.Unique, int32(unix.ENOSYS)))
 		buf.Free()
 		return
+	case wire.OpIoctl:
+		// What a file system says that has none. Python asks of each file that it
+		// opens whether it is a terminal: a round trip for each module.
+		f.writeKernel(wire.Reply(h.Unique, int32(unix.ENOTTY)))
+		buf.Free()
+		return
 	case wire.OpInit:
 		maskInit(body)
 	case wire.OpFlush:

@@ -471,6 +471,14 @@ var posixCases = []posixCase{
 		unix.Read(p, b)
 		say("fifo: %q", b)
 	}},
+	{"no terminal", func(say say) {
+		write("f", "x", 0o666)
+		fd := open("f", unix.O_RDONLY, 0)
+		_, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+		say("isatty: %v", err)
+		_, err = unix.IoctlGetTermios(open(".", unix.O_RDONLY, 0), unix.TCGETS)
+		say("isatty of a directory: %v", err)
+	}},
 	{"statfs and pathconf", func(say say) {
 		var st unix.Statfs_t
 		say("statfs: %v %d %d", unix.Statfs(".", &st), st.Bsize, st.Namelen)
