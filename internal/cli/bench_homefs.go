@@ -27,7 +27,7 @@ func newBenchHomefsCmd(env *Env) *cobra.Command {
 		Short: "Seconds that work on a guest's files takes: home files beside sshfs and beside the local disk",
 		Long: `Homefs does the same work on home files, on sshfs and on the local disk by turns:
 read a large file cold and warm, write and fsync one, unpack small files, git
-clone and status, start an interpreter fifty times. Home and node are this
+clone and status, start an interpreter often. Home and node are this
 machine. With --link 1ms all bytes come half a millisecond later in each
 direction, by a relay in this program, for home files and sshfs alike. "Cold" is
 a fresh mount: the home has the file in memory.
@@ -63,7 +63,8 @@ take about half an hour, most of it for small files over 1 ms.`,
 	f.StringSliceVar(&links, "link", []string{"none", "1ms"}, "round-trip times of the link: none, or a time")
 	f.IntVar(&conf.Runs, "runs", 3, "rounds for each link")
 	f.IntVar(&conf.MiB, "mib", 256, "size of the file that is read and written, in MiB")
-	f.IntVar(&conf.Files, "files", 5000, "small files to unpack")
+	f.IntVar(&conf.Files, "files", 5000, "small files to unpack; git has a tenth of it")
+	f.IntVar(&conf.Starts, "starts", 50, "starts of the interpreter in a row")
 	f.BoolVar(&asJSON, "json", false, "print the rows as JSON")
 	return c
 }

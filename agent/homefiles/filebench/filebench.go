@@ -41,10 +41,11 @@ type Config struct {
 	// Dir is a folder on the disk that is compared and that holds the home's files.
 	Dir string
 	// Links are the round-trip times of the links; 0 is loopback as it is.
-	Links []time.Duration
-	Runs  int // rounds for each link
-	MiB   int // size of the file that is read and written
-	Files int // how many files the archive has
+	Links  []time.Duration
+	Runs   int // rounds for each link
+	MiB    int // size of the file that is read and written
+	Files  int // how many files the archive has; a repository has a tenth of it
+	Starts int // how often the interpreter is started
 }
 
 // Sample is one piece of work, done once in each place next to each other.
@@ -64,7 +65,7 @@ func (c Config) check() error {
 	for _, f := range []struct {
 		name string
 		n    int
-	}{{"--runs", c.Runs}, {"--mib", c.MiB}, {"--files", c.Files}} {
+	}{{"--runs", c.Runs}, {"--mib", c.MiB}, {"--files", c.Files}, {"--starts", c.Starts}} {
 		if f.n < 1 {
 			bad.Addf("%s must be 1 or more", f.name)
 		}

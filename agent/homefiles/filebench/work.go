@@ -27,10 +27,8 @@ const (
 	repoName = "repo"
 )
 
-const (
-	repoFiles = 500
-	starts    = 50
-)
+// repoFiles is how many files the repository has: git costs ten times as much for each.
+func (c Config) repoFiles() int { return max(c.Files/10, 1) }
 
 // python is the distribution's, which finds its modules by its own path: in the
 // tree that it was started from.
@@ -46,10 +44,10 @@ func worksOf(conf Config) []work {
 		{fmt.Sprintf("write-fsync-%dMiB", conf.MiB), fmt.Sprintf("dd if=/dev/zero of=out bs=1M count=%d conv=fsync status=none", conf.MiB)},
 		// As a user who is not root: the files are his, with his umask.
 		{fmt.Sprintf("untar-%d", conf.Files), "tar -xf $SRC/" + tarName + " --no-same-owner --no-same-permissions"},
-		{fmt.Sprintf("git-clone-%d", repoFiles), "git clone -q --no-hardlinks $SRC/" + repoName + " clone"},
-		{fmt.Sprintf("git-status-%d", repoFiles), "git -C clone status --short"},
-		{fmt.Sprintf("python3-starts-%d", starts), fmt.Sprintf("i=0; while [ $i -lt %d ]; do i=$((i+1)); $ROOT"+python+
-			" -I -c 'import json, email.message, http.client'; done", starts)},
+		{fmt.Sprintf("git-clone-%d", conf.repoFiles()), "git clone -q --no-hardlinks $SRC/" + repoName + " clone"},
+		{fmt.Sprintf("git-status-%d", conf.repoFiles()), "git -C clone status --short"},
+		{fmt.Sprintf("python3-starts-%d", conf.Starts), fmt.Sprintf("i=0; while [ $i -lt %d ]; do i=$((i+1)); $ROOT"+python+
+			" -I -c 'import json, email.message, http.client'; done", conf.Starts)},
 	}
 }
 
@@ -81,7 +79,7 @@ func fill(ctx context.Context, conf Config) error {
 	if err == nil {
 		repo := filepath.Join(conf.Dir, repoName)
 		small := filepath.Join(conf.Dir, "repo.tar")
-		if err = create(small, func(w io.Writer) error { return writeTar(w, repoFiles) }); err == nil {
+		if err = create(small, func(w io.Writer) error { return writeTar(w, conf.repoFiles()) }); err == nil {
 			_, err = command(ctx, "sh", "-euc", `mkdir $1; cd $1; tar -xf $2; git init -q -b main; git add .
 				git -c user.name=bench -c user.email=bench@localhost commit -qm files`, "sh", repo, small)
 		}
