@@ -101,7 +101,7 @@ func (o *ours) serve(ctx context.Context, l net.Listener) {
 		}
 		go func() {
 			tc := c.(*tls.Conn)
-			defer tc.Close()
+			defer c.Close()
 			if tc.HandshakeContext(ctx) != nil {
 				return
 			}
