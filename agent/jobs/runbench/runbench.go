@@ -110,6 +110,10 @@ func (j judge) Ask(ctx context.Context, home api.NodeID, job migrate.JobID, p mi
 	return j.b.home.Ask(ctx, home, job, p)
 }
 
+func (j judge) Unlocked(ctx context.Context, home api.NodeID, job migrate.JobID, p migrate.Placement) error {
+	return j.b.home.Unlocked(ctx, home, job, p)
+}
+
 func (b *Bench) setUp(ctx context.Context, mosagent string) error {
 	mount, err := cgroup.Mount()
 	if err != nil {
