@@ -12,6 +12,7 @@ import (
 	"mosimg/agent/netup"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
+	"mosimg/internal/urgent"
 )
 
 func newAgentCmd(env *Env) *cobra.Command {
@@ -41,6 +42,9 @@ ticket that mosimg head leaves:
 			}
 			cfg.NoBalance, cfg.JobsLoad = !bool(balance), measure == "jobs"
 			cfg.Log = newLog(env.Stderr)
+			if err := urgent.Raise(); err != nil {
+				cfg.Log.Warn("the agent is no more urgent than jobs", "why", err)
+			}
 			return agent.Run(c.Context(), cfg)
 		},
 	}

@@ -18,6 +18,7 @@ import (
 	"mosimg/agent/capsule/leader"
 	"mosimg/agent/capsule/seccomp"
 	"mosimg/internal/fault"
+	"mosimg/internal/urgent"
 )
 
 // Descriptors of the launching process, beside stdio.
@@ -67,6 +68,10 @@ func launch() error {
 	unix.Umask(spec.Umask)
 	if err := unix.Setpriority(unix.PRIO_PROCESS, 0, spec.Nice); err != nil {
 		return fmt.Errorf("set niceness %d: %w", spec.Nice, err)
+	}
+	// Refused where the shim's was not changed either.
+	if err := urgent.SetOOM(urgent.Ordinary); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return err
 	}
 	if err := makeRoom(spec.Limits); err != nil {
 		return err

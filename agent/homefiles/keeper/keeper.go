@@ -27,6 +27,7 @@ import (
 	"mosimg/agent/homefiles/rootsock"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
+	"mosimg/internal/urgent"
 )
 
 // Verb is the first argument that makes a program which calls Main the keeper;
@@ -90,6 +91,9 @@ const (
 // when it has had no job for a while.
 func Main(ctx context.Context, socket string, log *slog.Logger) error {
 	raiseNofile(log)
+	if err := urgent.Raise(); err != nil {
+		log.Warn("home files are no more urgent than jobs", "why", err)
+	}
 	unlock, err := lock(socket + ".lock")
 	var l net.Listener
 	if err == nil {
