@@ -36,9 +36,21 @@ func raiseSession() error {
 	if sid, err := unix.Getsid(0); err != nil || sid != unix.Getpid() {
 		return nil // somebody's shell may be in it
 	}
-	err := os.WriteFile("/proc/self/autogroup", []byte(strconv.Itoa(niceness)), 0)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("raise priority of the session: %w", err)
+	return RaiseSession(unix.Getpid())
+}
+
+// RaiseSession makes the session of a process as urgent as Raise makes its own; the
+// process itself inherits its niceness. Without autogroups there is nothing to do.
+func RaiseSession(pid int) error {
+	path := "/proc/self/autogroup" // /proc may be that of another pid namespace
+	if pid != unix.Getpid() {
+		path = fmt.Sprintf("/proc/%d/autogroup", pid)
+	}
+	if _, err := os.Stat("/proc/self/autogroup"); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := os.WriteFile(path, []byte(strconv.Itoa(niceness)), 0); err != nil {
+		return fmt.Errorf("raise priority of a session: %w", err)
 	}
 	return nil
 }

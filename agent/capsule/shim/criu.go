@@ -14,6 +14,7 @@ import (
 
 	"mosimg/agent/criu/swrk"
 	"mosimg/internal/fault"
+	"mosimg/internal/urgent"
 )
 
 // Descriptors of a CRIU worker, beside stdio.
@@ -102,6 +103,9 @@ func (s *shim) runCRIU(ctx context.Context, kind rpc.CriuReqType, opts *rpc.Criu
 		return nil, fault.New(fault.Environment, "start", "criu", err, "is the CRIU bundle complete?")
 	}
 	s.log.Debug("criu", "pid", pid, "request", kind)
+	if err := urgent.RaiseSession(pid); err != nil {
+		s.log.Warn("criu is no more urgent than jobs: they stand still for longer", "why", err)
+	}
 	sock.Close()
 	resp, err := conn.Do(ctx, &rpc.CriuReq{Type: kind.Enum(), Opts: opts}, on)
 	_ = conn.Close()
