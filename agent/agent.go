@@ -70,8 +70,9 @@ type Config struct {
 	// NoBalance lets jobs start and stay where they are told to; a node that is leaving
 	// sends its guests away even so.
 	NoBalance bool
-	// JobsLoad makes this node's load that of its jobs alone, without the rest of the
-	// machine: where several agents share one machine, as in tests, all would see the same load otherwise.
+	// JobsLoad makes this node's load that of its jobs alone. On a machine that mosimg booted the
+	// rest is mosimg itself, which is busiest while a job moves: counted, one move would be the
+	// reason of the next. Where several agents share one machine, all would see the same load otherwise.
 	JobsLoad bool
 	// Speed of a CPU of this node; 0: it is measured.
 	Speed int

@@ -451,7 +451,11 @@ func (n *Node) Settle(ctx context.Context) int {
 	for _, cp := range all {
 		if err := n.settleCopy(ctx, cp); err != nil {
 			open++
-			n.log.Warn("a copy is not settled", "job", cp.record().Job, "epoch", cp.record().Epoch, "err", err)
+			level := slog.LevelWarn
+			if errors.Is(err, errOpen) {
+				level = slog.LevelDebug // a move is under way
+			}
+			n.log.Log(ctx, level, "a copy is not settled", "job", cp.record().Job, "epoch", cp.record().Epoch, "err", err)
 		}
 	}
 	return open

@@ -18,7 +18,7 @@ import (
 func newAgentCmd(env *Env) *cobra.Command {
 	var cfg agent.Config
 	var show, noKeys bool
-	balance, measure := onOff(true), loadOf("machine")
+	balance, measure := onOff(true), loadOf("auto")
 	cmd := &cobra.Command{
 		Use:   "agent (--join FILE | --head URL --ca PIN)",
 		Short: "Make this machine a node and keep it one",
@@ -40,7 +40,7 @@ ticket that mosimg head leaves:
 				cfg.Consoles = console.Active()
 				cfg.Keys = !noKeys
 			}
-			cfg.NoBalance, cfg.JobsLoad = !bool(balance), measure == "jobs"
+			cfg.NoBalance, cfg.JobsLoad = !bool(balance), measure == "jobs" || measure == "auto" && cfg.OwnMachine
 			cfg.Log = newLog(env.Stderr)
 			if err := urgent.Raise(); err != nil {
 				cfg.Log.Warn("the agent is no more urgent than jobs", "why", err)
@@ -61,7 +61,7 @@ ticket that mosimg head leaves:
 	f.StringVar(&cfg.Cgroup, "cgroup", "", "control group for jobs (default: mosimg, in the cgroup2 mount)")
 	f.BoolVar(&cfg.RootJobs, "root-jobs", false, "let root's jobs leave their home, and come here from others")
 	f.Var(&balance, "balance", "`on|off`: move jobs, and choose where they start, by the loads of the nodes")
-	f.Var(&measure, "load", "`machine|jobs`: what counts as this node's load; jobs where several agents share a machine")
+	f.Var(&measure, "load", "`auto|machine|jobs`: what counts as this node's load; auto is jobs on a machine that mosimg booted, else machine")
 	f.IntVar(&cfg.Speed, "speed", 0, "speed of a CPU here, 10000 being the reference (default: it is measured)")
 	f.DurationVar(&cfg.Lease, "home-lease", migrate.DefaultLease, "how long a guest outlives the silence of its home")
 	f.StringVar(&cfg.Socket, "socket", api.AgentSocket, "unix socket for local users")
@@ -99,11 +99,11 @@ type loadOf string
 func (l *loadOf) String() string { return string(*l) }
 
 func (l *loadOf) Set(s string) error {
-	if s != "machine" && s != "jobs" {
-		return fmt.Errorf("%q is neither machine nor jobs", s)
+	if s != "auto" && s != "machine" && s != "jobs" {
+		return fmt.Errorf("%q is none of auto, machine and jobs", s)
 	}
 	*l = loadOf(s)
 	return nil
 }
 
-func (*loadOf) Type() string { return "machine|jobs" }
+func (*loadOf) Type() string { return "auto|machine|jobs" }
