@@ -43,7 +43,7 @@ func demo(ctx context.Context, r *Run) error {
 	if err := r.powerCycle(ctx, bios); err != nil {
 		return err
 	}
-	return r.share(ctx)
+	return r.show(ctx, "mosmon", "--once")
 }
 
 // joinBoth boots the first two nodes at once.

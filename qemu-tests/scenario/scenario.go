@@ -37,7 +37,6 @@ var all = []Scenario{
 	{"revoked", "a member that is thrown out disappears and is not heard any more", revoked},
 	{"unapproved", "an unknown machine stays pending, a denied one stays out, an approved one joins", unapproved},
 	{"counter", "a threaded program with a file and a pipe is moved ten times and loses no number", counter},
-	{"sharing", "six loops spread over three machines, one of which is then drained and switched off", sharing},
 	{"come-back", "a member that loses power is dead within seconds and comes back with its number", comeBack},
 	{"no-image-leak", "no key, hash or nonce of the head is in the image set", noImageLeak},
 	{"head-restart", "the head is killed, then loses power, while nodes are up: nothing is forgotten", headRestart},
