@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,6 +26,7 @@ import (
 	"mosimg/agent/migrate"
 	"mosimg/agent/netup"
 	"mosimg/internal/api"
+	"mosimg/internal/atomicfile"
 	"mosimg/internal/fault"
 	"mosimg/internal/identity"
 	"mosimg/internal/version"
@@ -64,6 +66,16 @@ type Config struct {
 	RootJobs bool
 	// Lease is how long a guest outlives the silence of its home; 0 means migrate.DefaultLease.
 	Lease time.Duration
+
+	// NoBalance lets jobs start and stay where they are told to; a node that is leaving
+	// sends its guests away even so.
+	NoBalance bool
+	// JobsLoad makes this node's load that of its jobs alone. On a machine that mosimg booted the
+	// rest is mosimg itself, which is busiest while a job moves: counted, one move would be the
+	// reason of the next. Where several agents share one machine, all would see the same load otherwise.
+	JobsLoad bool
+	// Speed of a CPU of this node; 0: it is measured.
+	Speed int
 
 	APIPort, GossipPort int // 0: those of package api
 
@@ -121,6 +133,12 @@ type Agent struct {
 
 	changed chan struct{} // wakes the console; holds one token
 
+	mode *modeKeeper
+	// speed of a CPU; 0 until it is known.
+	speed atomic.Int64
+	// measured is this machine as gossip last saw it; nil while it is no member.
+	measured atomic.Pointer[ownLoad]
+
 	// engine carries jobs; nil until this machine has got its number.
 	engine  atomic.Pointer[engine]
 	engines sync.WaitGroup
@@ -177,6 +195,9 @@ func Run(ctx context.Context, cfg Config) error {
 		},
 	}
 	a.inv.CRIU.Reason = "it is still being tried out"
+	if a.mode, err = openMode(cfg.StateDir); err != nil {
+		a.log.Error("the mode that this node was in is not known", "why", err)
+	}
 	a.server = agentapi.New(a, a.log)
 	if err := os.MkdirAll(filepath.Dir(cfg.Socket), 0o755); err != nil {
 		return fault.New(fault.Environment, "make", filepath.Dir(cfg.Socket), err, "run this as root, or give --socket")
@@ -189,6 +210,7 @@ func Run(ctx context.Context, cfg Config) error {
 	a.life, a.end = ctx, end
 	defer a.engines.Wait()
 	a.handleJobs(ctx)
+	a.handleMode()
 	l, err := agentapi.ListenUnix(cfg.Socket)
 	if err != nil {
 		return err
@@ -206,7 +228,10 @@ func Run(ctx context.Context, cfg Config) error {
 			a.log.Error("local API ended", "why", err)
 		}
 	})
-	wg.Go(func() { a.probe(ctx) })
+	wg.Go(func() {
+		a.probe(ctx)
+		a.calibrate() // what CRIU does at the same time would be measured with it
+	})
 	if len(cfg.Consoles) > 0 {
 		src := console.Source{Status: a.Status, Members: a.Members}
 		wg.Go(func() { console.Run(ctx, cfg.Consoles, cfg.Keys, src, a.changed) })
@@ -246,6 +271,41 @@ func (a *Agent) probe(ctx context.Context) {
 	a.inv.CRIU, a.status.CRIU, a.tool = st.CRIUStatus, st.CRIUStatus, st.Tool
 	a.mu.Unlock()
 	a.wake()
+}
+
+// speedFile in the state folder keeps the measured speed: an agent that is started
+// again on a busy machine must not measure it anew.
+const speedFile = "speed"
+
+// speedPause is between the rounds of the measurement.
+const speedPause = 500 * time.Millisecond
+
+// calibrate finds out how fast a CPU of this machine is.
+func (a *Agent) calibrate() {
+	speed, err := a.cfg.Speed, error(nil)
+	path := filepath.Join(a.cfg.StateDir, speedFile)
+	if speed == 0 {
+		data, _ := os.ReadFile(path)
+		speed, _ = strconv.Atoi(string(data))
+	}
+	if speed <= 0 {
+		if speed, err = load.Speed(speedPause); err == nil {
+			err = atomicfile.Write(path, []byte(strconv.Itoa(speed)), 0o600)
+		}
+	}
+	if err != nil {
+		a.log.Warn("the speed of this machine", "why", err)
+	}
+	a.speed.Store(int64(speed))
+	a.log.Info("speed of a CPU", "is", speed, "reference", load.ReferenceSpeed)
+}
+
+// ownLoad is this machine as it was last measured.
+func (a *Agent) ownLoad() (ownLoad, bool) {
+	if own := a.measured.Load(); own != nil {
+		return *own, true
+	}
+	return ownLoad{}, false
 }
 
 // inventory is this machine as far as it is known now.

@@ -42,6 +42,8 @@ type engine struct {
 	roots   *mounts.Roots
 	server  migrate.Server
 	service *jobs.Service
+	// balancer decides which of the jobs that are here go elsewhere.
+	balancer *balancer
 }
 
 // Folders below Config.JobsDir. All are in memory: a home's journal on a disk
@@ -82,15 +84,21 @@ func (a *Agent) openEngine(self api.NodeID) (*engine, error) {
 		return nil, err
 	}
 	client := migrate.Client{Dial: a.dialMigrate}
+	e.balancer = &balancer{
+		self: self, client: client, members: a.Members, own: a.ownLoad, mode: a.mode.get, off: a.cfg.NoBalance, rootJobs: a.cfg.RootJobs, log: a.log,
+		brought: func() error { return a.mode.change(api.ModeChange{Bringing: new(bool)}) },
+	}
 	e.node, err = migrate.OpenNode(migrate.NodeConfig{
 		Self: self, Dir: filepath.Join(dir, nodeDir), Cgroup: group,
 		CRIU: a.criu, Pages: func() pages.Protocol { return pages.ProtocolOf(a.inventory().CRIU.Version) }, Machine: a.machine, Roots: e.roots, RootLost: e.roots.Lost,
 		Dial: a.dialMigrate, Lease: a.cfg.Lease, RootJobs: a.cfg.RootJobs, Log: a.log,
+		Admit: e.balancer.admit,
 		Judge: homeJudge{self: self, home: func() *migrate.Home { return e.home }, others: client},
 	})
 	if err != nil {
 		return nil, err
 	}
+	e.balancer.node = e.node
 	journal, err := migrate.OpenJournal[migrate.Record](filepath.Join(dir, homeDir, "records"))
 	if err != nil {
 		return nil, fault.New(fault.Environment, "open", "the journal of jobs", err, "")
@@ -104,6 +112,7 @@ func (a *Agent) openEngine(self api.NodeID) (*engine, error) {
 			return migrate.Client{Dial: a.dialMigrate, Node: n}
 		},
 		Changed: func(r migrate.Record) { e.service.Changed(r) },
+		Locked:  func(job migrate.JobID) bool { return e.service.Locked(job) },
 	})
 	if err != nil {
 		return nil, err
@@ -115,14 +124,16 @@ func (a *Agent) openEngine(self api.NodeID) (*engine, error) {
 			}
 			return migrate.Client{Dial: a.dialMigrate, Node: at.Node}.Capsule(self, job, at.Epoch), nil
 		},
-		Nodes:  func() []api.Member { return a.Members().Members },
-		Guests: e.guests,
-		Lease:  a.cfg.Lease, RootJobs: a.cfg.RootJobs, Log: a.log,
+		Nodes:   func() []api.Member { return a.Members().Members },
+		Guests:  e.guests,
+		Balance: e.balancer,
+		Lease:   a.cfg.Lease, RootJobs: a.cfg.RootJobs, Log: a.log,
 	})
 	if err != nil {
 		return nil, err
 	}
-	e.server = migrate.Server{Node: e.node, Home: e.home, Log: a.log}
+	e.balancer.service = e.service
+	e.server = migrate.Server{Node: e.node, Home: e.home, Propose: e.service.Propose, Why: e.balancer.whyOf, Log: a.log}
 	return e, nil
 }
 
@@ -166,6 +177,7 @@ func (e *engine) run(ctx context.Context) {
 	wg.Go(func() { e.node.Run(ctx) })
 	wg.Go(func() { e.home.Run(ctx) })
 	wg.Go(func() { e.service.Run(ctx) })
+	wg.Go(func() { e.balancer.run(ctx) })
 	wg.Wait()
 }
 
@@ -181,6 +193,13 @@ func (j homeJudge) Ended(ctx context.Context, home api.NodeID, job migrate.JobID
 		return j.home().Ended(ctx, home, job, c, end)
 	}
 	return j.others.Ended(ctx, home, job, c, end)
+}
+
+func (j homeJudge) Unlocked(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement) error {
+	if home == j.self {
+		return j.home().Unlocked(ctx, home, job, c)
+	}
+	return j.others.Unlocked(ctx, home, job, c)
 }
 
 func (j homeJudge) Ask(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement) (migrate.Verdict, uint64, error) {

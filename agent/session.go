@@ -84,6 +84,7 @@ func (a *Agent) belong(ctx context.Context, p place, cred *credentials, told boo
 	ctx, end := context.WithCancel(ctx)
 	m := &member{loads: load.NewTable(cred.node)}
 	m.cred.Store(cred)
+	a.mode.drain(cred.drained())
 	own := func() (*tls.Certificate, error) { return m.cred.Load().tls(a.key), nil }
 	revoked := func(serial string) bool { return m.cred.Load().revoked[serial] }
 
@@ -173,9 +174,28 @@ func (m *member) allowed(n api.NodeID) bool {
 	return false
 }
 
+// drained tells whether the head wants this node empty.
+func (c *credentials) drained() bool {
+	for _, p := range c.view.Peers {
+		if p.Node == c.node {
+			return p.Drain
+		}
+	}
+	return false
+}
+
 // gossip measures and sends, once in load.Interval.
 func (a *Agent) gossip(ctx context.Context, m *member) {
 	var s load.Sampler
+	if a.cfg.JobsLoad {
+		s.Runnable = func() float64 {
+			if e := a.engine.Load(); e != nil {
+				return e.balancer.runnable()
+			}
+			return 0
+		}
+	}
+	defer a.measured.Store(nil)
 	tick := time.NewTicker(load.Interval)
 	defer tick.Stop()
 	for {
@@ -188,6 +208,13 @@ func (a *Agent) gossip(ctx context.Context, m *member) {
 		if e := a.engine.Load(); e != nil {
 			v.Guests = len(e.node.Guests())
 		}
+		mode := a.mode.get()
+		v.Speed, v.Blocked, v.Leaving = int(a.speed.Load()), mode.Blocked, mode.Leaving
+		full, err := s.Pressure()
+		if err != nil {
+			a.log.Debug("memory pressure", "why", err)
+		}
+		a.measured.Store(&ownLoad{LoadVector: v, mean: s.Mean(), full: full})
 		m.loads.SetOwn(v, now)
 		m.group.Send(gossipTargets, m.loads.Message(now))
 		select {
@@ -287,6 +314,7 @@ func (a *Agent) replace(m *member, change func(*credentials) *credentials) {
 	defer m.writing.Unlock()
 	c := change(m.cred.Load())
 	m.cred.Store(c)
+	a.mode.drain(c.drained())
 	a.server.CloseRevoked(func(serial string) bool { return c.revoked[serial] })
 	if err := m.group.SetView(c.view); err != nil {
 		a.log.Error("gossip keys", "why", err)

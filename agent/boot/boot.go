@@ -236,7 +236,8 @@ func (m *machine) serve() ending {
 		sctx, stops[i] = context.WithCancel(ctx)
 		go m.guarded("service "+s.name, func() { m.keep(sctx, s) })
 	}
-	how := m.awaitEnd(ctx)
+	how, hurry := m.awaitEnd(ctx)
+	m.leave(ctx, hurry)
 	m.log.Info("stopping", "then", how.String())
 	for i, s := range slices.Backward(list) {
 		stops[i]()

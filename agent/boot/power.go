@@ -7,6 +7,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"mosimg/internal/api"
+	"mosimg/internal/unixhttp"
 )
 
 // ending is what the machine does last.
@@ -37,8 +40,9 @@ var SignalFor = map[string]unix.Signal{
 	"reboot": unix.SIGTERM, "poweroff": unix.SIGUSR2, "halt": unix.SIGUSR1,
 }
 
-// awaitEnd waits until somebody wants the machine to end.
-func (m *machine) awaitEnd(ctx context.Context) ending {
+// awaitEnd waits until somebody wants the machine to end. A value comes from again
+// when somebody wants it once more.
+func (m *machine) awaitEnd(ctx context.Context) (how ending, again <-chan struct{}) {
 	sig := make(chan os.Signal, 4)
 	for s := range endings {
 		signal.Notify(sig, s)
@@ -48,11 +52,36 @@ func (m *machine) awaitEnd(ctx context.Context) ending {
 	select {
 	case s := <-sig:
 		m.log.Info("asked to end", "by", s)
-		return endings[s]
+		how = endings[s]
 	case <-button:
 		m.log.Info("power button pressed")
-		return powerOff
+		how = powerOff
 	}
+	hurry := make(chan struct{}, 1)
+	go m.guarded("power button", func() {
+		select {
+		case <-sig:
+		case <-button:
+		case <-ctx.Done():
+			return
+		}
+		hurry <- struct{}{}
+	})
+	return how, hurry
+}
+
+// leave sends this machine's guests away, until leaveLimit or somebody is in a hurry.
+func (m *machine) leave(ctx context.Context, hurry <-chan struct{}) {
+	ctx, cancel := context.WithTimeout(ctx, leaveLimit)
+	defer cancel()
+	go func() {
+		select {
+		case <-hurry:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	sendGuestsAway(ctx, unixhttp.New(api.AgentSocket, "agent"), m.log)
 }
 
 // end stops what is left, makes the state durable and ends the machine.

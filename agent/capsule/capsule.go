@@ -26,6 +26,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -212,21 +213,24 @@ func spawn(ctx context.Context, conf Config) error {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case len(word) == 0:
-		return fmt.Errorf("the shim died: %s", tail(filepath.Join(conf.Dir, "shim.log")))
+		return fmt.Errorf("its shim ended before it was ready; %s", tail(filepath.Join(conf.Dir, "shim.log")))
 	case string(word) != shim.ReadyWord:
 		return errors.New(strings.TrimSpace(string(word)))
 	}
 	return nil
 }
 
-// tail is the last line of a file.
+// tail is the last line of a log, in words.
 func tail(path string) string {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return err.Error()
 	}
 	lines := strings.Split(strings.TrimSpace(string(data)), "\n")
-	return lines[len(lines)-1]
+	if last := lines[len(lines)-1]; last != "" {
+		return "it said: " + last
+	}
+	return "it said nothing, so it was killed: is there memory left?"
 }
 
 // Attach is a capsule that an earlier agent made: with its shim running or not.
@@ -336,6 +340,39 @@ func (c *Capsule) Dump(ctx context.Context, images, pages *os.File) error {
 	return err
 }
 
+// DumpWhen is Dump in a moment of which quiet says, by nil, that it is a good
+// one. It is asked again and again, with the job frozen meanwhile; after a while its
+// error is that of the dump.
+func (c *Capsule) DumpWhen(ctx context.Context, images, pages *os.File, quiet func(context.Context) error) error {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socketpair", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "gate"), os.NewFile(uintptr(fds[1]), "gate")
+	defer theirs.Close()
+	gate, err := net.FileConn(ours)
+	ours.Close()
+	if err != nil {
+		return err
+	}
+	var asked sync.WaitGroup
+	defer asked.Wait()
+	defer gate.Close()
+	asked.Go(func() {
+		var req control.Request
+		for {
+			if _, err := control.Receive(gate, &req); err != nil {
+				return // nothing more is asked
+			}
+			if control.Send(gate, control.Answer{Error: control.FromError(quiet(ctx))}) != nil {
+				return
+			}
+		}
+	})
+	_, err = c.call(ctx, control.Request{Verb: control.Dump}, images, pages, theirs)
+	return err
+}
+
 // Finish decides about a dumped job: with commit it is killed here, otherwise
 // it runs on.
 func (c *Capsule) Finish(ctx context.Context, commit bool) error {
@@ -382,8 +419,8 @@ func (c *Capsule) Signal(ctx context.Context, sig unix.Signal, group bool) error
 	return err
 }
 
-// SignalOnce is Signal for one that has a name, not 0: if it is sent again under that
-// name before any other, it arrives once, also when the job has moved in between.
+// SignalOnce is Signal for the id-th one: if it is sent again, or one before it, it
+// arrives once, also when the job has moved in between. 0 is Signal itself.
 func (c *Capsule) SignalOnce(ctx context.Context, id uint64, sig unix.Signal, group bool) error {
 	_, err := c.call(ctx, control.Request{Verb: control.Signal, ID: id, Signal: int(sig), Group: group})
 	return err

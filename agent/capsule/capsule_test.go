@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -20,7 +21,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	capsuletest.Main(m, map[string]func([]string) int{"counter": counter, "daemonise": daemonise, "daemon": daemon, "contents": contents, "pinned": pinned})
+	capsuletest.Main(m, map[string]func([]string) int{"counter": counter, "daemonise": daemonise, "daemon": daemon, "contents": contents, "pinned": pinned, "locker": locker})
 }
 
 // run runs a job to its end.
@@ -101,6 +102,32 @@ func TestProgramThatCannotRun(t *testing.T) {
 		st, err := c.Run(t.Context(), spec)
 		if !errors.Is(err, tt.want) || st.State != control.Failed {
 			t.Errorf("%s in %s: %v, %s; want %v", tt.argv0, tt.dir, err, st.State, tt.want)
+		}
+		w.Remove(c)
+	}
+}
+
+// A limit is the program's: what starts it has to live with no less than it needs.
+func TestSmallLimits(t *testing.T) {
+	w := capsuletest.New(t)
+	for _, l := range []control.Limit{
+		{Resource: unix.RLIMIT_AS, Cur: 20 << 20, Max: 40 << 20},
+		{Resource: unix.RLIMIT_DATA, Cur: 1 << 20, Max: 1 << 20},
+		{Resource: unix.RLIMIT_NOFILE, Cur: 4, Max: 4},
+		{Resource: unix.RLIMIT_FSIZE, Cur: 0, Max: 0},
+		{Resource: unix.RLIMIT_STACK, Cur: 256 << 10, Max: 256 << 10},
+	} {
+		spec := w.Spec("sh", "-c", "cat /proc/$$/limits")
+		spec.Limits = []control.Limit{l}
+		c := w.Capsule(w.Home())
+		out, errs, st := run(t, c, w, spec)
+		field := func(n uint64) string { return strconv.FormatUint(n, 10) }
+		found := false
+		for line := range strings.Lines(out) {
+			found = found || strings.Contains(line, " "+field(l.Cur)+" ") && strings.Contains(line, " "+field(l.Max)+" ")
+		}
+		if !found || st.Exit != 0 || st.Signal != 0 {
+			t.Errorf("with %+v: %q, %q, %+v", l, out, errs, st)
 		}
 		w.Remove(c)
 	}
@@ -239,8 +266,8 @@ func TestStartFails(t *testing.T) {
 	conf := capsule.Config{Exe: "/bin/true", Config: control.Config{ // no shim
 		ID: "fails", Dir: filepath.Join(w.Run("run"), "fails"), Cgroup: w.Cgroup("fails"), Root: w.Home(), CRIU: w.CRIU,
 	}}
-	if _, err := capsule.Start(t.Context(), conf); err == nil || !strings.Contains(err.Error(), "the shim died") {
-		t.Errorf("Start: %v; want that the shim died", err)
+	if _, err := capsule.Start(t.Context(), conf); err == nil || !strings.Contains(err.Error(), "shim ended before it was ready; it said") {
+		t.Errorf("Start: %v; want that the shim ended, and what it said", err)
 	}
 	for _, path := range []string{conf.Dir, conf.Cgroup} {
 		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 
 	"mosimg/agent/capsule/capsuletest"
 	"mosimg/agent/capsule/control"
+	"mosimg/internal/fault"
 )
 
 // thing is something a process has. make makes it before the move and
@@ -424,6 +426,93 @@ func pinned(args []string) int {
 	fmt.Println("ready")
 	time.Sleep(time.Hour)
 	return 0
+}
+
+// locker is a program of transactions: it holds a lock nearly all of the time.
+func locker(args []string) int {
+	f, err := os.Create(filepath.Join(args[0], "transactions"))
+	if err != nil {
+		return 11
+	}
+	fmt.Println("ready")
+	for n := 0; ; n++ {
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+			return 12
+		}
+		time.Sleep(2 * time.Millisecond)
+		if _, err := f.WriteAt([]byte(strconv.Itoa(n)), 0); err != nil {
+			return 13
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_UN); err != nil {
+			return 14
+		}
+		for t := time.Now(); time.Since(t) < 100*time.Microsecond; {
+		}
+	}
+}
+
+// A program that works in transactions holds a lock whenever somebody looks, and
+// can be moved between two of them.
+func TestMoveBetweenLocks(t *testing.T) {
+	w := capsuletest.New(t)
+	w.CRIU = capsuletest.CRIU(t)
+	ctx := t.Context()
+	c := w.Capsule(w.Home())
+	if _, err := c.Run(ctx, w.Program("locker", w.Work)); err != nil {
+		t.Fatal(err)
+	}
+	o, err := c.Output(ctx, control.Stdout, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(o, make([]byte, 6)); err != nil {
+		t.Fatal(err)
+	}
+	o.Close()
+	if err := c.Dump(ctx, w.Images(), nil); err != nil {
+		t.Fatalf("Dump: %v", err)
+	}
+	// It goes on after a move that is called off.
+	if err := c.Finish(ctx, false); err != nil {
+		t.Fatal(err)
+	}
+	count := func() string {
+		data, err := os.ReadFile(filepath.Join(w.Work, "transactions"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	was := count()
+	for deadline := time.Now().Add(10 * time.Second); count() == was; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the job stands still after a move that was called off")
+		}
+	}
+	w.Remove(c)
+}
+
+// A dump that met a process just ending is told apart from what will not go by itself.
+func TestDumpRaces(t *testing.T) {
+	w := capsuletest.New(t)
+	w.CRIU = capsuletest.CRIU(t)
+	w.CRIU = w.Racy(w.CRIU, 1)
+	ctx := t.Context()
+	c := w.Capsule(w.Home())
+	if _, err := c.Run(ctx, w.Program("locker", w.Work)); err != nil {
+		t.Fatal(err)
+	}
+	err := c.Dump(ctx, w.Images(), nil)
+	if fault.KindOf(err) != fault.Unavailable || !strings.Contains(err.Error(), "Unable to detach from 1002") {
+		t.Errorf("Dump that met a dying process = %v; want kind %d, with CRIU's word", err, fault.Unavailable)
+	}
+	if st, err := c.Status(ctx); err != nil || st.State != control.Running {
+		t.Errorf("after it the job is %+v, %v; want it running", st, err)
+	}
+	if err := c.Dump(ctx, w.Images(), nil); err != nil {
+		t.Errorf("the next dump: %v", err)
+	}
+	w.Remove(c)
 }
 
 // What cannot move is refused in words, and the job runs on.

@@ -239,7 +239,7 @@ func (s *standIn) do(c net.Conn, req control.Request) (a control.Answer, stream 
 		if !running {
 			return refuse()
 		}
-		if s.last == req.ID {
+		if req.ID != 0 && req.ID <= s.last {
 			break
 		}
 		s.last = req.ID

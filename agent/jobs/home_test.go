@@ -36,8 +36,9 @@ type home struct {
 	conf   func(*jobs.Config) // more of it
 	peer   func(api.NodeID) migrate.Peer
 
-	cancel context.CancelFunc
-	work   sync.WaitGroup
+	cancel  context.CancelFunc
+	work    sync.WaitGroup
+	service *jobs.Service
 }
 
 type source struct{}
@@ -102,6 +103,7 @@ func (h *home) start() {
 	if service, err = jobs.New(conf); err != nil {
 		h.t.Fatal(err)
 	}
+	h.service = service
 	h.f.homeMu.Lock()
 	h.f.home = mh
 	h.f.homeMu.Unlock()

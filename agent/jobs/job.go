@@ -33,7 +33,8 @@ type job struct {
 	rec     migrate.Record // as follow last saw it
 	place   *place         // nil while no copy runs, and for good when the job is lost
 	orders  []order
-	sending bool // the first of orders is on its way to the job now
+	ordered uint64 // the highest ID of an order that came to this agent
+	sending bool   // the first of orders is on its way to the job now
 	session *session
 	taken   bool // nobody waits for the job's end any more
 	// silent tells that its node has not answered for a while; use and stopped

@@ -80,6 +80,15 @@ func (p *pair) Ask(ctx context.Context, home api.NodeID, job migrate.JobID, c mi
 	return p.f.home.Ask(ctx, home, job, c)
 }
 
+func (p *pair) Unlocked(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement) error {
+	p.f.homeMu.RLock()
+	defer p.f.homeMu.RUnlock()
+	if p.f.home == nil {
+		return net.ErrClosed
+	}
+	return p.f.home.Unlocked(ctx, home, job, c)
+}
+
 func (p *pair) Ended(ctx context.Context, home api.NodeID, job migrate.JobID, c migrate.Placement, end migrate.End) error {
 	p.f.homeMu.RLock()
 	defer p.f.homeMu.RUnlock()

@@ -8,8 +8,8 @@
 // speaks to us by package wire, we to the job's shim by package capsule. Both
 // count bytes from the beginning of a stream, and nothing is forgotten before
 // the next one has it, so either connection may break at any byte: nothing
-// is lost, doubled or reordered. What is not kept over a restart of the agent
-// is a signal that was not delivered yet, because its job was just being moved.
+// is lost, doubled or reordered. So it is with signals: mosrun keeps each until it
+// has reached the job.
 package jobs
 
 import (
@@ -43,11 +43,26 @@ type Config struct {
 	Nodes func() []api.Member
 	// Guests are the jobs of other homes that are here; nil if that is not told.
 	Guests func(context.Context) []api.JobStatus
+	// Balance chooses for jobs that may be anywhere; nil: they stay at home.
+	Balance Balance
 	// RootJobs lets root's jobs leave home.
 	RootJobs bool
 	// Lease is how long a node may be silent before it has killed its guests; 0 is migrate.DefaultLease.
 	Lease time.Duration
 	Log   *slog.Logger // nil is silent
+}
+
+// Balance is what a Service asks of the node's balancer.
+type Balance interface {
+	// Place is where a job starts that its user wants on the best node, with the reason;
+	// 0 is nowhere. bytes is the memory that it asks for.
+	Place(job migrate.JobID, bytes int64) (api.NodeID, string)
+	// Gone tells of a job that has ended or was not started.
+	Gone(migrate.JobID)
+	// Keeps is why this home lets none of its jobs leave by itself; "" if it does.
+	Keeps() string
+	// Stays tells why jobs of this home stay where they are, as their nodes see it.
+	Stays(context.Context, []migrate.Record) map[migrate.JobID]string
 }
 
 // Service carries the jobs of this home. Its methods may be called by many goroutines.
@@ -182,7 +197,8 @@ func (s *Service) start(ctx context.Context, who agentapi.Caller, req api.JobSta
 	if err != nil {
 		return "", err
 	}
-	node, err := s.startOn(who, req.Node)
+	id := jobID(s.conf.Self, who.PID, req.Token)
+	node, err := s.startOn(who, id, req)
 	if err != nil {
 		return "", err
 	}
@@ -191,7 +207,7 @@ func (s *Service) start(ctx context.Context, who agentapi.Caller, req api.JobSta
 		return "", err
 	}
 	info := Info{
-		Job: jobID(s.conf.Self, who.PID, req.Token), Token: req.Token,
+		Job: id, Token: req.Token,
 		UID: spec.UID, GID: spec.GID, Groups: spec.Groups,
 		PID: who.PID, Began: facts.began, Boot: boot,
 		Argv: req.Argv, Started: time.Now(), Locked: req.Locked, NoStdin: req.NoStdin,
@@ -215,6 +231,12 @@ func (s *Service) start(ctx context.Context, who agentapi.Caller, req api.JobSta
 	err = j.setInfo(func(*Info) {})
 	if err == nil {
 		err = s.conf.Home.Start(ctx, j.id, node, spec)
+		// Not if the node may have begun it: the program would run twice.
+		if req.Best && node != s.conf.Self && fault.KindOf(err) == fault.Unavailable && !errors.Is(err, migrate.ErrNoAnswer) {
+			s.log.Info("a job starts at home: the best node does not take it", "job", j.id, "node", node, "why", err)
+			node = s.conf.Self
+			err = s.conf.Home.Start(ctx, j.id, node, spec)
+		}
 	}
 	if err != nil {
 		j.startErr = err
@@ -252,6 +274,9 @@ func (s *Service) admit(info Info) (j *job, fresh bool, err error) {
 func (s *Service) drop(j *job) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.conf.Balance != nil {
+		s.conf.Balance.Gone(j.id)
+	}
 	delete(s.jobs, j.id)
 	if err := s.journal.Delete(string(j.id)); err != nil {
 		s.log.Error("a job that is over stays in the journal", "job", j.id, "err", err)
@@ -316,8 +341,12 @@ func (s *Service) seenBy(who agentapi.Caller) []*job {
 }
 
 // startOn is the node on which a caller's job starts.
-func (s *Service) startOn(who agentapi.Caller, name string) (api.NodeID, error) {
-	if name == "" {
+func (s *Service) startOn(who agentapi.Caller, id migrate.JobID, req api.JobStart) (api.NodeID, error) {
+	name := req.Node
+	switch {
+	case req.Best:
+		return s.best(who, id, req.Bytes)
+	case name == "":
 		return s.conf.Self, nil
 	}
 	m, err := resolve(s.conf.Nodes(), s.conf.Self, name)
@@ -331,6 +360,19 @@ func (s *Service) startOn(who agentapi.Caller, name string) (api.NodeID, error) 
 		return 0, fault.New(fault.KindOf(err), "start", "job on "+name, err, "")
 	}
 	return m.Node, nil
+}
+
+// best is the node on which a job starts whose user leaves the choice to us.
+func (s *Service) best(who agentapi.Caller, id migrate.JobID, bytes int64) (api.NodeID, error) {
+	if s.conf.Balance == nil || s.mayLeave(who.UID, 0) != nil {
+		return s.conf.Self, nil
+	}
+	node, why := s.conf.Balance.Place(id, bytes)
+	if node == 0 {
+		return 0, fault.New(fault.Unavailable, "start", "job", why, "ask for less with -m, or wait")
+	}
+	s.log.Debug("placed", "job", id, "node", node, "why", why)
+	return node, nil
 }
 
 // mayLeave refuses to send root's jobs to other machines, whose users are not
@@ -356,8 +398,6 @@ func (s *Service) move(ctx context.Context, j *job, to string) error {
 	switch {
 	case err != nil:
 		return fail(err)
-	case info.Locked:
-		return fail(fault.New(fault.Refused, "leave", fmt.Sprintf("node %d", rec.At.Node), "it was started to stay where it is", "start it without -L"))
 	case rec.At.Node == m.Node || rec.End != nil || rec.Next != nil:
 		// Home says it better than a look at the node would.
 	default:

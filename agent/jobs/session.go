@@ -2,6 +2,7 @@ package jobs
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -165,6 +166,22 @@ func (s *session) end() error {
 	return wire.WriteJSON(s.conn, wire.KindEnded, wire.End{Exit: rec.End.Exit, Signal: rec.End.Signal, Lost: rec.End.Lost})
 }
 
+// order passes an order on to the job, and tells at once of one that was heard before.
+func (s *session) order(o order) {
+	heard := s.j.order(o)
+	if o.id == 0 || o.id > heard {
+		return
+	}
+	if o.verb == control.Stop { // the one that it was told to may have gone before it heard
+		s.tell(wire.KindStopped, nil)
+	}
+	s.tellHeard(heard)
+}
+
+func (s *session) tellHeard(id uint64) {
+	s.tell(wire.KindHeard, binary.BigEndian.AppendUint64(nil, id))
+}
+
 // errUnasked is a mosrun that is done with a job that has not ended.
 var errUnasked = errors.New("it takes an end that it was not told")
 
@@ -197,11 +214,17 @@ func (s *session) receive() error {
 				err = fmt.Errorf("signal %d", sig.Number)
 				break
 			}
-			s.j.order(order{verb: control.Signal, signal: unix.Signal(sig.Number), group: sig.Group})
-		case wire.KindStop:
-			s.j.order(order{verb: control.Stop})
-		case wire.KindCont:
-			s.j.order(order{verb: control.Cont})
+			s.order(order{verb: control.Signal, signal: unix.Signal(sig.Number), group: sig.Group, id: sig.ID})
+		case wire.KindStop, wire.KindCont:
+			var o wire.Order
+			if o, err = m.Order(); err != nil {
+				break
+			}
+			verb := control.Stop
+			if m.Kind == wire.KindCont {
+				verb = control.Cont
+			}
+			s.order(order{verb: verb, id: o.ID})
 		case wire.KindDone:
 			s.j.change(func() {
 				if s.j.rec.End == nil {

@@ -39,6 +39,12 @@ func checkStart(req api.JobStart) error {
 	if req.Nice < -20 || req.Nice > 19 {
 		bad.Addf("nice %d: not -20 to 19", req.Nice)
 	}
+	if req.Best && req.Node != "" {
+		bad.Addf("node %q: the best one is asked for too", req.Node)
+	}
+	if req.Bytes < 0 || req.Bytes > 0 && !req.Best {
+		bad.Addf("bytes %d: not 0, or more for the best node", req.Bytes)
+	}
 	for _, sig := range req.Ignored {
 		if sig < 1 || sig > lastSignal {
 			bad.Addf("ignored signal %d: not 1 to %d", sig, lastSignal)

@@ -3,7 +3,6 @@ package jobs
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -15,12 +14,13 @@ import (
 
 // order is a signal, a stop or a cont on its way to the job. It waits while
 // the job moves. If a connection breaks when it may have been carried out, it is
-// sent again; by its id the shim knows a signal that it has had.
+// sent again; by its id the shim knows a signal that it has had. Nothing of it is
+// journalled: its mosrun keeps it until it is heard, and gives it to the next agent again.
 type order struct {
 	verb   control.Verb
 	signal unix.Signal
 	group  bool
-	id     uint64
+	id     uint64 // mosrun's; 0 is that of an older one, of which the shim knows no repetition
 }
 
 // same tells whether an order asks for the same as another one.
@@ -32,24 +32,47 @@ func (o order) same(other order) bool {
 // orderTime bounds one try of an order.
 const orderTime = 5 * time.Second
 
-// order puts an order into the queue. As with the kernel's own, a signal that
+// order puts an order into the queue, unless it came before, and returns up to
+// which one all are heard. As with the kernel's own, a signal that
 // is on its way is not sent a second time; of stop and cont the last one counts.
-func (j *job) order(o order) {
-	o.id = rand.Uint64() | 1 // not 0
+func (j *job) order(o order) (heard uint64) {
 	j.change(func() {
-		first := 0
-		if j.sending {
-			first = 1 // that one may have arrived: it is not ours any more
+		if o.id == 0 || o.id > j.ordered {
+			j.ordered = max(j.ordered, o.id)
+			j.enqueue(o)
 		}
-		waiting := slices.Clone(j.orders[first:])
-		if o.verb == control.Signal && slices.ContainsFunc(waiting, o.same) {
-			return
-		}
-		if o.verb != control.Signal {
-			waiting = slices.DeleteFunc(waiting, func(old order) bool { return old.verb != control.Signal })
-		}
-		j.orders = append(append(j.orders[:first:first], waiting...), o)
+		heard = j.heard()
 	})
+	return heard
+}
+
+// enqueue is order; mu is held.
+func (j *job) enqueue(o order) {
+	first := 0
+	if j.sending {
+		first = 1 // that one may have arrived: it is not ours any more
+	}
+	waiting := slices.Clone(j.orders[first:])
+	if o.verb == control.Signal && slices.ContainsFunc(waiting, o.same) {
+		return
+	}
+	if o.verb != control.Signal {
+		waiting = slices.DeleteFunc(waiting, func(old order) bool { return old.verb != control.Signal })
+	}
+	j.orders = append(append(j.orders[:first:first], waiting...), o)
+}
+
+// heard is the last order of which, and of all before, nothing remains to be
+// done; mu is held. One that was given while the same one waited has become that one, so
+// only what still waits matters.
+func (j *job) heard() uint64 {
+	heard := j.ordered
+	for _, o := range j.orders {
+		if o.id != 0 {
+			heard = min(heard, o.id-1)
+		}
+	}
+	return heard
 }
 
 // doom makes the job end as soon as its node can be told, whatever happens to
@@ -134,14 +157,21 @@ func final(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err,
 func (j *job) done(o order, err error) {
 	j.s.log.Debug("order", "job", j.id, "order", o.verb, "signal", o.signal, "err", err)
 	var s *session
+	var heard uint64
 	j.change(func() {
 		j.orders, j.sending = slices.Delete(j.orders, 0, 1), false
 		if err == nil && o.verb != control.Signal {
 			j.stopped = o.verb == control.Stop
 		}
-		s = j.session
+		s, heard = j.session, j.heard()
 	})
-	if err == nil && o.verb == control.Stop && s != nil {
+	if s == nil {
+		return
+	}
+	if err == nil && o.verb == control.Stop {
 		s.tell(wire.KindStopped, nil)
+	}
+	if o.id != 0 {
+		s.tellHeard(heard)
 	}
 }

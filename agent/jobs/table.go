@@ -1,6 +1,7 @@
 package jobs
 
 import (
+	"cmp"
 	"context"
 	"sync"
 	"time"
@@ -40,23 +41,26 @@ func (j *job) measure(ctx context.Context, at migrate.Placement, limit time.Dura
 // status is the job, as measured within a second.
 func (j *job) status(ctx context.Context) (api.JobStatus, error) {
 	rec, err := j.s.conf.Home.Job(j.id)
-	if err != nil {
-		return api.JobStatus{}, err
+	if err != nil { // it has ended and was forgotten just now
+		return api.JobStatus{}, noJob(string(j.id))
 	}
-	asked := rec.End == nil && rec.Running
-	if asked {
+	answered := false
+	if rec.End == nil && rec.Running {
 		_, err = j.measure(ctx, rec.At, measureTime, true)
+		answered = err == nil
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	silent := err != nil || !asked && j.silent
+	// One question without an answer says little; what is known is shown until watch
+	// has found the node silent for a while.
+	silent := j.silent && !answered
 	return api.JobStatus{
 		ID: string(j.id), PID: j.info.PID, UID: int(j.info.UID), Argv: j.info.Argv,
 		State: stateOf(rec, silent, j.stopped),
 		Home:  j.s.conf.Self, Node: rec.At.Node, Since: rec.Since, Started: j.info.Started,
 		Moves: rec.Moves, Epoch: rec.At.Epoch, Locked: j.info.Locked,
 		Bytes: j.use.Bytes, Processes: j.use.Processes, CPUSeconds: float64(j.use.CPUMicros) / 1e6,
-		Reason: rec.Reason, Pinned: j.use.Pinned, Downtime: rec.Downtime,
+		Reason: rec.Reason, Pinned: cmp.Or(j.use.Pinned, j.use.Locked), Downtime: rec.Downtime,
 	}, nil
 }
 
@@ -97,6 +101,7 @@ func (s *Service) table(ctx context.Context, who agentapi.Caller) api.JobTable {
 		})
 	}
 	asking.Wait()
+	s.stays(ctx, all)
 	for _, st := range all {
 		if st != nil {
 			t.Jobs = append(t.Jobs, *st)

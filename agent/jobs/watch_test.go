@@ -81,15 +81,23 @@ func TestSilentNode(t *testing.T) {
 			t.Fatalf("place %v, %v; or a note without need", before, err)
 		}
 
+		shown := func(want api.JobState) {
+			t.Helper()
+			if st, err := j.status(ctx); err != nil || st.State != want {
+				t.Errorf("mosps shows %+v, %v; want that it %s", st, err, want)
+			}
+		}
 		down.Store(true)
 		time.Sleep(noteAfter - watchEvery)
 		if got := heard(); got != "" {
 			t.Errorf("a note too early: %q", got)
 		}
+		shown(api.JobRuns) // as it was last seen
 		time.Sleep(3 * watchEvery)
 		if got := heard(); got != "node 2 does not answer; the job waits" {
 			t.Errorf("note %q", got)
 		}
+		shown(api.JobWaits)
 		time.Sleep(migrate.DefaultLease - noteAfter)
 		if got := heard(); got != "" {
 			t.Errorf("told again: %q", got)
@@ -102,6 +110,7 @@ func TestSilentNode(t *testing.T) {
 		if after, err := j.awaitPlace(ctx); err != nil || after == before || before.ctx.Err() == nil {
 			t.Errorf("connections from before the silence are kept: %v", err)
 		}
+		shown(api.JobRuns)
 
 		down.Store(true)
 		time.Sleep(migrate.DefaultLease + lostMargin - 2*watchEvery)

@@ -311,3 +311,12 @@ func TestNewsSpreads(t *testing.T) {
 		}
 	})
 }
+
+// Once a job has left, the next must not be sent for a load that is gone.
+func TestMeanFallsAtOnce(t *testing.T) {
+	for _, tc := range []struct{ old, sample, want float64 }{{4, 1, 1}, {0, 8, 3}, {2, 2, 2}} {
+		if got := Mean(tc.old, tc.sample); got != tc.want {
+			t.Errorf("Mean(%v, %v) = %v; want %v", tc.old, tc.sample, got, tc.want)
+		}
+	}
+}

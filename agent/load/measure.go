@@ -34,12 +34,21 @@ func Decay(load, sample float64) float64 {
 	return (7*load + sample) / 8
 }
 
+// Mean is the load by which a machine itself decides whether to send a job away:
+// it follows a rise at 5:3 as well, and falls at once, so that after one job
+// has left the next is not sent for a load that is not there any more.
+func Mean(load, sample float64) float64 { return min(sample, Decay(load, sample)) }
+
 // Sampler measures this machine. It is not safe for concurrent use.
 type Sampler struct {
 	// Proc is where procfs is mounted; "" means /proc.
 	Proc string
+	// Runnable, if set, tells the number of runnable processes in place of the
+	// machine's: where several agents share one machine, each must see its own.
+	Runnable func() float64
 
 	load float64
+	mean float64
 	seq  uint64
 	prev counters
 }
@@ -83,7 +92,11 @@ func (s *Sampler) Sample(now time.Time) (api.LoadVector, error) {
 	if d := c.all - s.prev.all; c.all > s.prev.all && c.busy >= s.prev.busy {
 		v.Utilisation = min(1, float64(c.busy-s.prev.busy)/float64(d))
 	}
-	s.load = Decay(s.load, runnable(st, s.prev, c, v.Utilisation, exact))
+	sample := runnable(st, s.prev, c, v.Utilisation, exact)
+	if s.Runnable != nil {
+		sample = s.Runnable()
+	}
+	s.load, s.mean = Decay(s.load, sample), Mean(s.mean, sample)
 	s.prev = c
 	v.Load, v.CPUs = s.load, st.cpus
 
@@ -101,6 +114,9 @@ func (s *Sampler) Sample(now time.Time) (api.LoadVector, error) {
 	}
 	return v, nil
 }
+
+// Mean is the load that counts here: see the function Mean.
+func (s *Sampler) Mean() float64 { return s.mean }
 
 // runnable is the mean number of runnable processes over the last interval:
 // those that ran (the busy CPUs) and those that waited for one (the time that

@@ -26,6 +26,7 @@ import (
 	"mosimg/agent/migrate"
 	"mosimg/agent/pages"
 	"mosimg/internal/api"
+	"mosimg/internal/fault"
 )
 
 // The tests run agents as processes of their own, so that they can be killed
@@ -43,6 +44,9 @@ type agentConfig struct {
 	Root    control.Root
 }
 
+// synced is a file that says that guests' files have been synced.
+func (c agentConfig) synced() string { return filepath.Join(c.Dir, "synced") }
+
 // rootless is a file that says that the guests' files have gone.
 func (c agentConfig) rootless() string { return filepath.Join(c.Dir, "rootless") }
 
@@ -58,17 +62,24 @@ type event struct {
 	Step  migrate.Step `json:",omitempty"` // about to be taken; waits for go
 	Done  bool
 	Error string
+	Kind  fault.Kind `json:",omitempty"`
 	Jobs  []migrate.Record
 	Open  int
 }
 
-type oneRoot struct{ root control.Root }
+// oneRoot is the same tree for all; synced is a file that is made when it was synced.
+type oneRoot struct {
+	root   control.Root
+	synced string
+}
 
 func (r oneRoot) Open(context.Context, api.NodeID, migrate.JobID, uint64) (control.Root, error) {
 	return r.root, nil
 }
 
-func (r oneRoot) Sync(context.Context, api.NodeID, migrate.JobID, uint64) error { return nil }
+func (r oneRoot) Sync(context.Context, api.NodeID, migrate.JobID, uint64) error {
+	return os.WriteFile(r.synced, nil, 0o600)
+}
 
 func (r oneRoot) Close(context.Context, api.NodeID, migrate.JobID, uint64) error { return nil }
 
@@ -106,7 +117,7 @@ func agentMain(args []string) int {
 	}
 	var node *migrate.Node
 	home, err := migrate.NewHome(migrate.HomeConfig{
-		Self: conf.ID, Journal: homeJournal, Log: log,
+		Self: conf.ID, Journal: homeJournal, Files: mortalFiles{conf.keeperless()}, Log: log,
 		Peer: func(id api.NodeID) migrate.Peer {
 			if id == conf.ID {
 				return node
@@ -128,7 +139,7 @@ func agentMain(args []string) int {
 		CRIU:    func() control.CRIU { return conf.CRIU },
 		Pages:   func() pages.Protocol { return pages.Protocol41 },
 		Machine: func() migrate.Machine { return migrate.Machine{Version: "test"} },
-		Roots:   oneRoot{conf.Root}, Dial: dial,
+		Roots:   oneRoot{conf.Root, conf.synced()}, Dial: dial,
 		Judge: judge{conf.ID, home, client},
 		RootLost: func(of api.NodeID, _ migrate.JobID, _ uint64) error {
 			if _, err := os.Stat(conf.rootless()); err == nil && of != conf.ID {
@@ -182,7 +193,7 @@ func agentMain(args []string) int {
 		}
 		e.Jobs = home.Jobs()
 		if err != nil {
-			e.Error = err.Error()
+			e.Error, e.Kind = err.Error(), fault.KindOf(err)
 		}
 		return e
 	}
@@ -215,6 +226,13 @@ func (j judge) Ask(ctx context.Context, home api.NodeID, job migrate.JobID, p mi
 		return j.home.Ask(ctx, home, job, p)
 	}
 	return j.remote.Ask(ctx, home, job, p)
+}
+
+func (j judge) Unlocked(ctx context.Context, home api.NodeID, job migrate.JobID, p migrate.Placement) error {
+	if home == j.self {
+		return j.home.Unlocked(ctx, home, job, p)
+	}
+	return j.remote.Unlocked(ctx, home, job, p)
 }
 
 func (j judge) Ended(ctx context.Context, home api.NodeID, job migrate.JobID, p migrate.Placement, end migrate.End) error {

@@ -91,6 +91,7 @@ func TestFailures(t *testing.T) {
 		{"destination's agent in freeze", migrate.StepFreeze, in(src, agentDies(dst)), src},
 		{"destination's shim before freeze", migrate.StepFreeze, shimDies(dst), src},
 		{"home's agent in freeze", migrate.StepFreeze, in(src, agentDies(home)), src},
+		{"keeper before freeze", migrate.StepFreeze, keeperDies, src},
 		{"link of source and destination before freeze", migrate.StepFreeze, linkCut(src, dst), src},
 
 		{"source's agent before restore", migrate.StepRestore, agentDies(src), dst},
@@ -105,12 +106,15 @@ func TestFailures(t *testing.T) {
 
 		{"home's agent before commit", migrate.StepCommit, agentDies(home), src},
 		{"source's agent before commit", migrate.StepCommit, agentDies(src), dst},
+		{"keeper before commit", migrate.StepCommit, keeperDies, src},
 		{"destination's agent before commit", migrate.StepCommit, agentDies(dst), dst},
 
 		{"home's agent before resume", migrate.StepResume, agentDies(home), dst},
 		{"destination's agent before resume", migrate.StepResume, agentDies(dst), dst},
 		{"destination's shim before resume", migrate.StepResume, shimDies(dst), src},
 		{"destination's files before resume", migrate.StepResume, filesGo(dst), src},
+		{"keeper before resume", migrate.StepResume, keeperDies, src},
+		{"keeper and home's agent before resume", migrate.StepResume, both(keeperDies, agentDies(home)), src},
 		{"link to destination before resume", migrate.StepResume, linkCut(home, dst), dst},
 		{"all agents before resume", migrate.StepResume, both(agentDies(src), both(agentDies(dst), agentDies(home))), dst},
 

@@ -21,9 +21,10 @@ type Roots interface {
 }
 
 // Files is the home's file server: who may read and write a job's files. Every
-// call may be made again, with the same outcome; those about a job that is not
-// known to the server, but for Prepare, are no errors: its guests have
-// nothing there.
+// call may be made again, with the same outcome. About a job that the server
+// does not know, because it was started anew after the Prepare, Sync and Commit
+// fail with fault.NotFound: what its guests had open is gone. The others are then
+// no errors: there is nothing to change.
 type Files interface {
 	// Prepare admits next beside owner, for a restore.
 	Prepare(ctx context.Context, job JobID, owner, next Placement) error

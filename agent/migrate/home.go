@@ -21,6 +21,8 @@ type HomeConfig struct {
 	Peer func(api.NodeID) Peer
 	// Files serves the files of jobs to their guests; nil if there are no guests elsewhere.
 	Files Files
+	// Locked, if set, tells whether a job's user does not want it moved by itself.
+	Locked func(JobID) bool
 	// Changed, if set, is told each new record of a job. It must not call back.
 	Changed func(Record)
 	// Trace, if set, is told each step when it is about to be taken.
@@ -107,7 +109,7 @@ func (h *Home) Start(ctx context.Context, job JobID, node api.NodeID, spec contr
 	h.mu.Unlock()
 	// Journalled first: a restarted agent asks the node whether it runs.
 	err := h.conf.Journal.Put(string(job), j.rec)
-	order := Order{Job: job, Home: h.conf.Self, Epoch: j.rec.At.Epoch}
+	order := Order{Job: job, Home: h.conf.Self, Epoch: j.rec.At.Epoch, Locked: h.locked(job)}
 	if err == nil && node != h.conf.Self {
 		err = h.conf.Files.Prepare(ctx, job, Placement{h.conf.Self, j.rec.At.Epoch - 1}, j.rec.At)
 		if err == nil {
@@ -312,6 +314,8 @@ func (h *Home) Forget(ctx context.Context, job JobID) error {
 	return nil
 }
 
+func (h *Home) locked(job JobID) bool { return h.conf.Locked != nil && h.conf.Locked(job) }
+
 func (h *Home) step(job JobID, s Step) {
 	h.log.Debug("move", "job", job, "step", s)
 	if h.conf.Trace != nil {
@@ -319,9 +323,14 @@ func (h *Home) step(job JobID, s Step) {
 	}
 }
 
-// Move moves a job. After an error the job runs where it was, unless the error
-// is ErrUnfinished: then it is on its new node, or about to be.
+// Move moves a job that somebody wants elsewhere. After an error the job runs where it
+// was, unless the error is ErrUnfinished: then it is on its new node, or about to be.
 func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
+	return h.MoveFor(ctx, job, to, Bid{})
+}
+
+// MoveFor is Move for a node's balancer.
+func (h *Home) MoveFor(ctx context.Context, job JobID, to api.NodeID, bid Bid) error {
 	j, err := h.job(job)
 	if err != nil {
 		return err
@@ -333,18 +342,18 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 	if _, err := j.record().Reserve(to); err != nil {
 		return err
 	}
-	facts, err := h.inspect(ctx, j.record(), to)
+	facts, err := h.inspect(ctx, j.record())
 	if err != nil {
-		return err
+		return h.unlessEnded(ctx, j, err, 0)
 	}
 	rec, err := h.change(j, func(r Record) (Record, error) { return r.Reserve(to) })
 	if err != nil {
 		return err
 	}
-	pids, stopped, err := h.carry(ctx, rec, facts)
+	pids, stopped, err := h.carry(ctx, rec, facts, bid)
 	if err != nil {
 		h.callOff(ctx, j, rec.Next, err.Error())
-		return fault.New(fault.Refused, "move", "job "+string(job), err, fmt.Sprintf("it runs on, on node %d", rec.At.Node))
+		return h.unlessEnded(ctx, j, fault.New(fault.Refused, "move", "job "+string(job), err, fmt.Sprintf("it runs on, on node %d", rec.At.Node)), endPatience)
 	}
 	h.step(job, StepCommit)
 	if _, err := h.change(j, func(r Record) (Record, error) {
@@ -353,7 +362,7 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 		return r, err
 	}); err != nil {
 		h.callOff(ctx, j, rec.Next, err.Error())
-		return err
+		return h.unlessEnded(ctx, j, err, 0)
 	}
 	h.mu.Lock()
 	h.stopped[job] = stopped
@@ -363,8 +372,38 @@ func (h *Home) Move(ctx context.Context, job JobID, to api.NodeID) error {
 	return err
 }
 
+// endPatience is how long a job may take to end whose end has made its move fail:
+// the dump sees a dead program before the leader above it has noticed.
+const endPatience = 300 * time.Millisecond
+
+// unlessEnded is why a move failed, unless the job has ended meanwhile: then it
+// is that, however far the move had come.
+func (h *Home) unlessEnded(ctx context.Context, j *homeJob, err error, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, stepTime)
+	defer cancel()
+	for until := time.Now().Add(patience); ; {
+		rec := j.record()
+		if rec.End != nil {
+			return rec.over("move")
+		}
+		// Its node may know before we are told.
+		_, ierr := h.conf.Peer(rec.At.Node).Inspect(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch})
+		if ierr != nil && fault.KindOf(ierr) == fault.NotFound {
+			return rec.over("move")
+		}
+		if ierr != nil && fault.KindOf(ierr) == fault.Unavailable || !time.Now().Before(until) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(retryFirst):
+		}
+	}
+}
+
 // inspect refuses what cannot be moved before anything is touched.
-func (h *Home) inspect(ctx context.Context, rec Record, to api.NodeID) (Facts, error) {
+func (h *Home) inspect(ctx context.Context, rec Record) (Facts, error) {
 	ctx, cancel := context.WithTimeout(ctx, stepTime)
 	defer cancel()
 	refuse := func(cause any) error {
@@ -377,18 +416,27 @@ func (h *Home) inspect(ctx context.Context, rec Record, to api.NodeID) (Facts, e
 	if facts.Use.Pinned != "" {
 		return facts, refuse(facts.Use.Pinned)
 	}
-	return facts, h.unlocked(ctx, rec, to)
+	return facts, nil
+}
+
+// Unlocked implements Judge.
+func (h *Home) Unlocked(ctx context.Context, _ api.NodeID, job JobID, c Placement) error {
+	j, err := h.job(job)
+	if err != nil {
+		return err
+	}
+	if rec := j.record(); rec.At != c {
+		return fault.New(fault.NotFound, "find", "job "+string(job), fmt.Sprintf("epoch %d of node %d is not the job", c.Epoch, c.Node), "")
+	}
+	return h.unlocked(ctx, job)
 }
 
 // unlocked refuses a move home of a job that holds locks on home files: here
 // the kernel would have to know its processes as their holders.
-func (h *Home) unlocked(ctx context.Context, rec Record, to api.NodeID) error {
-	if to != h.conf.Self {
-		return nil
-	}
-	locks, err := h.conf.Files.Locks(ctx, rec.Job)
+func (h *Home) unlocked(ctx context.Context, job JobID) error {
+	locks, err := h.conf.Files.Locks(ctx, job)
 	if err == nil && len(locks) > 0 {
-		err = fault.New(fault.Refused, "move home", "job "+string(rec.Job), "it holds a lock: "+locks[0], "try again when it has let go")
+		err = fault.New(fault.Refused, "move home", "job "+string(job), locks[0], "try again when it has let go")
 	}
 	return err
 }
@@ -396,9 +444,10 @@ func (h *Home) unlocked(ctx context.Context, rec Record, to api.NodeID) error {
 // carry takes a move to the point where both copies are frozen and complete.
 // It tells which process of the old copy is which of the new one, and since
 // when the job stands still at the most.
-func (h *Home) carry(ctx context.Context, rec Record, facts Facts) (pids map[uint32]uint32, stopped time.Time, err error) {
+func (h *Home) carry(ctx context.Context, rec Record, facts Facts, bid Bid) (pids map[uint32]uint32, stopped time.Time, err error) {
 	src, dst := h.conf.Peer(rec.At.Node), h.conf.Peer(rec.Next.Node)
-	atDst := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Next.Epoch, Source: rec.At.Node, Owner: rec.Owner, Machine: facts.Machine, Bytes: facts.Use.Bytes}
+	atDst := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.Next.Epoch, Source: rec.At.Node, Owner: rec.Owner, Machine: facts.Machine, Bytes: facts.Use.Bytes,
+		Locked: h.locked(rec.Job), Moves: rec.Moves + 1, Bid: bid}
 	atSrc := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, To: *rec.Next}
 	var before, after Pids
 	for _, s := range []struct {
@@ -419,7 +468,10 @@ func (h *Home) carry(ctx context.Context, rec Record, facts Facts) (pids map[uin
 			if err := h.conf.Files.Sync(ctx, rec.Job); err != nil {
 				return err
 			}
-			return h.unlocked(ctx, rec, rec.Next.Node) // taken since the first look
+			if rec.Next.Node != h.conf.Self {
+				return nil
+			}
+			return h.unlocked(ctx, rec.Job) // the source has seen to that
 		}},
 		{StepRestore, func() (err error) {
 			after, err = dst.Restore(ctx, atDst)
@@ -528,10 +580,18 @@ func (h *Home) do(ctx context.Context, j *homeJob, rec Record, task Task) error 
 		} else if rec.Prev != nil {
 			err = h.conf.Files.Commit(ctx, rec.Job, rec.At, rec.Pids)
 		}
+		order := Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, From: rec.Thaws}
 		if err != nil {
-			return fault.New(fault.Unavailable, "hand over", "the files of job "+string(rec.Job), err, "")
+			err = fault.New(fault.KindOf(err), "hand over", "the files of job "+string(rec.Job), err, "")
+			switch {
+			case fault.KindOf(err) != fault.NotFound:
+				return err
+			case rec.At.Node != h.conf.Self: // at home a copy has its files open by itself
+				// The node alone knows whether the copy has run; if not, it must not any more.
+				order.Reason = err.Error()
+			}
 		}
-		err = h.conf.Peer(rec.At.Node).Resume(ctx, Order{Job: rec.Job, Home: h.conf.Self, Epoch: rec.At.Epoch, From: rec.Thaws})
+		err = h.conf.Peer(rec.At.Node).Resume(ctx, order)
 		if err == nil {
 			_, err = h.change(j, func(r Record) (Record, error) {
 				r = r.Confirm()

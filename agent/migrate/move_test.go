@@ -13,6 +13,7 @@ import (
 	"mosimg/agent/capsule/capsuletest"
 	"mosimg/agent/migrate"
 	"mosimg/internal/api"
+	"mosimg/internal/fault"
 )
 
 func TestMain(m *testing.M) {
@@ -126,6 +127,80 @@ func (c *cluster) record() migrate.Record {
 		c.t.Fatalf("jobs: %v", e.Jobs)
 	}
 	return e.Jobs[0]
+}
+
+// What a guest wrote to mapped files is with its home before the home knows of its
+// end: who waits for the job reads it next.
+func TestEndIsToldAfterSync(t *testing.T) {
+	c := newCluster(t, 2)
+	c.start(1)
+	c.agents[1].must(command{Do: "move", Job: "j", To: 2})
+	c.progress()
+	if err := os.Remove(c.agents[2].conf.synced()); err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	c.finish(2)
+	if _, err := os.Stat(c.agents[2].conf.synced()); err != nil {
+		t.Errorf("the end of a guest was told without a sync of its files: %v", err)
+	}
+}
+
+// A script that moves a job which is just ending must be able to tell that
+// from a move that was refused.
+func TestMoveRacesEnd(t *testing.T) {
+	for _, step := range []migrate.Step{migrate.StepPrepare, migrate.StepFreeze} {
+		t.Run(string(step), func(t *testing.T) {
+			c := newCluster(t, 3)
+			c.start(1)
+			c.agents[1].must(command{Do: "move", Job: "j", To: 2})
+			c.progress()
+			c.agents[1].send(command{Do: "move", Job: "j", To: 3})
+			e, _ := c.agents[1].done(func(s migrate.Step) {
+				if s != step {
+					return
+				}
+				if err := os.WriteFile(filepath.Join(c.w.Work, "log.stop"), nil, 0o644); err != nil {
+					t.Error(err)
+				}
+				for deadline := time.Now().Add(20 * time.Second); len(c.pids(2, "job")) > 0 && time.Now().Before(deadline); {
+					time.Sleep(time.Millisecond)
+				}
+			})
+			if e.Kind != fault.NotFound || !strings.Contains(e.Error, "it has ended") {
+				t.Errorf("move of a job that ends = %q, kind %d; want that it has ended, kind %d", e.Error, e.Kind, fault.NotFound)
+			}
+			c.settle()
+			if end := c.record().End; end == nil || *end != (migrate.End{Exit: 7}) {
+				t.Errorf("the job ended with %+v; want exit 7", end)
+			}
+			c.agents[1].must(command{Do: "forget", Job: "j"})
+		})
+	}
+}
+
+// A dump that met a process just ending is made once more: the user does not
+// hear of it. One that meets it again is told.
+func TestDumpIsTriedAgain(t *testing.T) {
+	for races, want := range map[int]string{1: "", 2: "a process ended while it was being stopped"} {
+		t.Run(strconv.Itoa(races), func(t *testing.T) {
+			c := newCluster(t, 2)
+			c.agents[1].kill()
+			c.agents[1].conf.CRIU = c.w.Racy(c.w.CRIU, races)
+			c.agents[1].start()
+			c.start(1)
+			c.progress()
+			c.agents[1].send(command{Do: "move", Job: "j", To: 2})
+			e, _ := c.agents[1].done(nil)
+			if want == "" && e.Error != "" || !strings.Contains(e.Error, want) {
+				t.Errorf("move with %d races = %q; want %q", races, e.Error, want)
+			}
+			at := api.NodeID(2)
+			if want != "" {
+				at = 1
+			}
+			c.finish(at)
+		})
+	}
 }
 
 // A job goes round three nodes and home again, with its memory.

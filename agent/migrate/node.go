@@ -16,6 +16,7 @@ import (
 
 	"mosimg/agent/capsule"
 	"mosimg/agent/capsule/control"
+	"mosimg/agent/capsule/shim"
 	"mosimg/agent/pages"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
@@ -44,6 +45,9 @@ type NodeConfig struct {
 	Dial func(ctx context.Context, node api.NodeID) (net.Conn, error)
 	// Judge reaches the homes of copies.
 	Judge Judge
+	// Admit, if set, may refuse a job that is to start here or to come: that of a
+	// Start, which has no Source, or of a Prepare.
+	Admit func(Order) error
 	// Memory is how many bytes a job that comes may need; nil is what the kernel calls available.
 	Memory func() (int64, error)
 	// Exe is the program that runs as shim: see capsule.Config.
@@ -57,6 +61,10 @@ type Node struct {
 	conf    NodeConfig
 	log     *slog.Logger
 	journal *Journal[copyRecord]
+
+	// entry is held while it is decided whether a copy may come, so that two do not
+	// both get the last place.
+	entry sync.Mutex
 
 	mu     sync.Mutex // guards the following
 	copies map[copyKey]*jobCopy
@@ -80,6 +88,11 @@ type copyRecord struct {
 	Told    bool          `json:",omitempty"` // the home knows End
 	Owner   control.Owner // of a job that comes
 	Held    bool          `json:",omitempty"` // frozen because the home does not answer
+	Since   time.Time     `json:",omitzero"`  // it has run here
+	Bytes   int64         `json:",omitempty"` // of a job that comes, as measured at its source
+	Load    float64       `json:",omitempty"` // of a job that comes, as its Bid has it
+	Locked  bool          `json:",omitempty"`
+	Moves   int           `json:",omitempty"`
 }
 
 // jobCopy is one copy of a job on this node.
@@ -161,28 +174,25 @@ func (cp *jobCopy) record() copyRecord {
 	return cp.rec
 }
 
-// create makes a copy with an empty capsule; the caller unlocks turn. It is
-// journalled before anything of it is there, so that an agent that dies
+// create makes a copy with an empty capsule, unless may says why not; the caller
+// unlocks turn. It is journalled before anything of it is there, so that an agent that dies
 // meanwhile leaves nothing that the next one does not know of.
-func (n *Node) create(ctx context.Context, o Order) (*jobCopy, error) {
+func (n *Node) create(ctx context.Context, o Order, may func() error) (*jobCopy, error) {
 	if err := o.Job.check(); err != nil {
 		return nil, err
 	}
 	name := capsuleName(o.Job, o.Epoch)
 	cp := &jobCopy{
-		c:   capsule.Attach(name, n.capsuleDir(name), n.capsuleGroup(name)),
-		rec: copyRecord{Job: o.Job, Home: o.Home, Epoch: o.Epoch, Root: o.Epoch, Capsule: name, Phase: prepared, Source: o.Source, Owner: o.Owner},
+		c: capsule.Attach(name, n.capsuleDir(name), n.capsuleGroup(name)),
+		rec: copyRecord{Job: o.Job, Home: o.Home, Epoch: o.Epoch, Root: o.Epoch, Capsule: name, Phase: prepared, Source: o.Source, Owner: o.Owner,
+			Bytes: o.Bytes, Load: o.Bid.Load, Locked: o.Locked, Moves: o.Moves},
 	}
 	cp.heard.Store(time.Now().UnixNano())
 	cp.turn.Lock()
-	err := n.note(cp, func(*copyRecord) {})
-	if err != nil {
+	if err := n.enter(cp, may); err != nil {
 		cp.turn.Unlock()
 		return nil, err
 	}
-	n.mu.Lock()
-	n.copies[copyKey{o.Job, o.Epoch}] = cp
-	n.mu.Unlock()
 	root, err := n.conf.Roots.Open(ctx, o.Home, o.Job, o.Epoch)
 	if err == nil {
 		_, err = capsule.Start(ctx, capsule.Config{Exe: n.conf.Exe, Config: control.Config{
@@ -197,9 +207,30 @@ func (n *Node) create(ctx context.Context, o Order) (*jobCopy, error) {
 	return cp, nil
 }
 
-// welcome refuses jobs that may not be here.
-func (n *Node) welcome(op string, o Order, owner control.Owner) error {
-	if owner.UID == 0 && o.Home != n.conf.Self && !n.conf.RootJobs {
+// enter makes a copy known, unless may says why not.
+func (n *Node) enter(cp *jobCopy, may func() error) error {
+	n.entry.Lock()
+	defer n.entry.Unlock()
+	if err := may(); err != nil {
+		return err
+	}
+	if err := n.note(cp, func(*copyRecord) {}); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.copies[copyKey{cp.rec.Job, cp.rec.Epoch}] = cp
+	return nil
+}
+
+// welcome refuses jobs that may not be here, or not now.
+func (n *Node) welcome(op string, o Order) error {
+	if n.conf.Admit != nil {
+		if err := n.conf.Admit(o); err != nil {
+			return fault.New(fault.KindOf(err), op, fmt.Sprintf("job %s on node %d", o.Job, n.conf.Self), err, "")
+		}
+	}
+	if o.Owner.UID == 0 && o.Home != n.conf.Self && !n.conf.RootJobs {
 		return fault.New(fault.Refused, op, "job "+string(o.Job), "root's jobs stay at home", "run it as another user")
 	}
 	return nil
@@ -210,11 +241,8 @@ func (n *Node) Start(ctx context.Context, o Order, spec control.Spec) error {
 	if n.copyOf(o.Job, o.Epoch) != nil {
 		return fault.New(fault.Refused, "start", "job "+string(o.Job), "there is one of this name", "")
 	}
-	if err := n.welcome("start", o, spec.Owner()); err != nil {
-		return err
-	}
 	o.Owner = spec.Owner()
-	cp, err := n.create(ctx, o)
+	cp, err := n.create(ctx, o, func() error { return n.welcome("start", o) })
 	if err != nil {
 		return err
 	}
@@ -222,7 +250,7 @@ func (n *Node) Start(ctx context.Context, o Order, spec control.Spec) error {
 	// After a crash in between, Settle finds an empty capsule and a home that
 	// knows of no such job.
 	if _, err = cp.c.Run(ctx, spec); err == nil {
-		err = n.note(cp, func(r *copyRecord) { r.Phase = running })
+		err = n.note(cp, func(r *copyRecord) { r.Phase, r.Since = running, time.Now() })
 	}
 	if err != nil {
 		return errors.Join(err, n.remove(ctx, cp))
@@ -258,6 +286,54 @@ func (n *Node) Guests() []Guest {
 		}
 	}
 	return all
+}
+
+// Copy is a job that is on this node, or about to come.
+type Copy struct {
+	Guest
+	Group  string    // the control group of its processes
+	Since  time.Time // it has run here; zero while it comes
+	Locked bool      // its user does not want it moved by itself
+	Moves  int
+	// Load and Bytes are those of a job that came by a move, as told by its source.
+	Load  float64
+	Bytes int64
+}
+
+// Copies are the jobs that run here or are about to come, those of this home too.
+func (n *Node) Copies() []Copy {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var all []Copy
+	for _, cp := range n.copies {
+		rec := cp.record()
+		c := Copy{
+			Guest: Guest{rec.Job, rec.Home, rec.Epoch, rec.Owner}, Group: filepath.Join(n.capsuleGroup(rec.Capsule), shim.JobLeaf),
+			Locked: rec.Locked, Moves: rec.Moves, Load: rec.Load, Bytes: rec.Bytes,
+		}
+		switch rec.Phase {
+		case running:
+			c.Since = rec.Since
+		case prepared, restored:
+		default:
+			continue
+		}
+		all = append(all, c)
+	}
+	return all
+}
+
+// coming is the memory that jobs on their way here still need.
+func (n *Node) coming() int64 {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var sum int64
+	for _, cp := range n.copies {
+		if rec := cp.record(); rec.Phase == prepared {
+			sum += 2 * max(0, rec.Bytes)
+		}
+	}
+	return sum
 }
 
 // remove removes a copy and all that belongs to it; turn is held.
@@ -320,6 +396,13 @@ func (n *Node) noteEnd(ctx context.Context, cp *jobCopy, end End) error {
 	if err := n.rootLost(cp.record()); err != nil && end.Lost == "" {
 		end.Lost = err.Error()
 	}
+	// What it wrote to mapped files may still be on its way from this node's
+	// cache, and who waits for the job looks at its files next.
+	if end.Lost == "" {
+		if err := n.syncRoot(ctx, cp); err != nil {
+			n.log.Warn("what a job wrote last to mapped files may not be at its home", "job", cp.record().Job, "home", cp.record().Home, "err", err)
+		}
+	}
 	if err := n.note(cp, func(r *copyRecord) { r.Phase, r.End = ended, &end }); err != nil {
 		return err
 	}
@@ -368,7 +451,11 @@ func (n *Node) Settle(ctx context.Context) int {
 	for _, cp := range all {
 		if err := n.settleCopy(ctx, cp); err != nil {
 			open++
-			n.log.Warn("a copy is not settled", "job", cp.record().Job, "epoch", cp.record().Epoch, "err", err)
+			level := slog.LevelWarn
+			if errors.Is(err, errOpen) {
+				level = slog.LevelDebug // a move is under way
+			}
+			n.log.Log(ctx, level, "a copy is not settled", "job", cp.record().Job, "epoch", cp.record().Epoch, "err", err)
 		}
 	}
 	return open
@@ -446,7 +533,7 @@ func (n *Node) settleCopy(ctx context.Context, cp *jobCopy) error {
 // resume lets a restored copy run; turn is held.
 func (n *Node) resume(ctx context.Context, cp *jobCopy) error {
 	// Journalled before it is done: a node that dies in between must not say that it never ran.
-	if err := n.note(cp, func(r *copyRecord) { r.Phase = running }); err != nil {
+	if err := n.note(cp, func(r *copyRecord) { r.Phase, r.Since = running, time.Now() }); err != nil {
 		return err
 	}
 	err := cp.c.Resume(ctx)

@@ -28,18 +28,20 @@ func (n *Node) refuse(op string, o Order, cause any, hint string) error {
 	return fault.New(fault.Refused, op, fmt.Sprintf("epoch %d of job %s on node %d", o.Epoch, o.Job, n.conf.Self), cause, hint)
 }
 
+// over refuses an order about a copy that has ended.
+func (n *Node) over(op string, o Order) error {
+	return fault.New(fault.NotFound, op, fmt.Sprintf("epoch %d of job %s on node %d", o.Epoch, o.Job, n.conf.Self), "it has ended", "")
+}
+
 // Prepare implements Peer.
 func (n *Node) Prepare(ctx context.Context, o Order) error {
-	if err := errors.Join(n.welcome("prepare", o, o.Owner), n.fits(o)); err != nil {
-		return err
-	}
 	if cp := n.find(o); cp != nil {
 		if p := cp.record().Phase; p != prepared {
 			return n.refuse("prepare", o, "it is "+string(p), "")
 		}
 		return nil
 	}
-	cp, err := n.create(ctx, o)
+	cp, err := n.create(ctx, o, func() error { return errors.Join(n.welcome("prepare", o), n.fits(o)) })
 	if err != nil {
 		return err
 	}
@@ -61,8 +63,9 @@ func (n *Node) fits(o Order) error {
 		return err
 	}
 	// What has come and what is restored of it are both in memory for a moment.
+	free -= n.coming()
 	if need := 2*o.Bytes + memoryMargin; need > free {
-		return n.refuse("prepare", o, fmt.Sprintf("it needs %d MiB for a moment, %d MiB are free", need>>20, free>>20), "")
+		return n.refuse("prepare", o, fmt.Sprintf("it needs %d MiB for a moment, %d MiB are free", need>>20, max(0, free)>>20), "")
 	}
 	return nil
 }
@@ -83,9 +86,15 @@ func (n *Node) Inspect(ctx context.Context, o Order) (Facts, error) {
 	if cp == nil {
 		return Facts{}, n.refuse("inspect", o, "this node knows nothing of it", "")
 	}
+	if cp.record().Phase == ended {
+		return Facts{}, n.over("inspect", o)
+	}
 	st, err := cp.c.Measure(ctx)
 	if err != nil {
 		return Facts{}, err
+	}
+	if st.State == control.Ended {
+		return Facts{}, n.over("inspect", o)
 	}
 	if st.State != control.Running || st.Use == nil {
 		return Facts{}, n.refuse("inspect", o, "it is "+string(st.State), "")
@@ -112,6 +121,9 @@ func (n *Node) copyIn(op string, o Order, want phase) (*jobCopy, error) {
 	cp.turn.Lock()
 	if p := cp.record().Phase; p != want {
 		cp.turn.Unlock()
+		if p == ended {
+			return nil, n.over(op, o)
+		}
 		return nil, n.refuse(op, o, "it is "+string(p), "")
 	}
 	return cp, nil
@@ -229,7 +241,16 @@ func (n *Node) send(ctx context.Context, cp *jobCopy, o Order) error {
 		return err
 	}
 	w := pages.NewWriter(conn)
-	if err := n.dump(ctx, cp, images, w); err != nil {
+	err = n.dump(ctx, cp, o, images, w)
+	if err != nil && fault.KindOf(err) == fault.Unavailable && ctx.Err() == nil && w.Images == 0 {
+		// A race with a process that ended, and nothing has been sent of the job.
+		n.log.Info("dump again", "job", o.Job, "err", err)
+		if err := emptyDir(images); err != nil {
+			return err
+		}
+		err = n.dump(ctx, cp, o, images, w)
+	}
+	if err != nil {
 		return err
 	}
 	// From here on the job stands still, and after a crash the home is asked.
@@ -246,6 +267,20 @@ func (n *Node) send(ctx context.Context, cp *jobCopy, o Order) error {
 	return w.End()
 }
 
+// emptyDir removes the files of an open folder, which stays the same one.
+func emptyDir(dir *os.File) error {
+	root, err := os.OpenRoot(dir.Name())
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	entries, err := os.ReadDir(dir.Name())
+	for _, e := range entries {
+		err = errors.Join(err, root.RemoveAll(e.Name()))
+	}
+	return err
+}
+
 func (n *Node) syncRoot(ctx context.Context, cp *jobCopy) error {
 	rec := cp.record()
 	ctx, cancel := context.WithTimeout(ctx, stepTime)
@@ -254,7 +289,7 @@ func (n *Node) syncRoot(ctx context.Context, cp *jobCopy) error {
 }
 
 // dump runs the dump with a page socket between CRIU and us.
-func (n *Node) dump(ctx context.Context, cp *jobCopy, images *os.File, w *pages.Writer) error {
+func (n *Node) dump(ctx context.Context, cp *jobCopy, o Order, images *os.File, w *pages.Writer) error {
 	ours, theirs, err := pageSockets()
 	if err != nil {
 		return err
@@ -268,7 +303,13 @@ func (n *Node) dump(ctx context.Context, cp *jobCopy, images *os.File, w *pages.
 		}
 		served <- err
 	}()
-	err = cp.c.Dump(ctx, images, theirs)
+	if o.To.Node == o.Home {
+		err = cp.c.DumpWhen(ctx, images, theirs, func(ctx context.Context) error {
+			return n.conf.Judge.Unlocked(ctx, o.Home, o.Job, Placement{n.conf.Self, o.Epoch})
+		})
+	} else {
+		err = cp.c.Dump(ctx, images, theirs)
+	}
 	theirs.Close()
 	if err != nil {
 		// CRIU has ended, so Serve does: its own reason is the better one, unless
@@ -414,12 +455,23 @@ func (n *Node) Resume(ctx context.Context, o Order) error {
 		return n.refuse("resume", o, "it is "+string(p), "")
 	}
 	_, err := cp.c.Status(ctx)
-	if errors.Is(err, capsule.ErrNoShim) || n.rootLost(cp.record()) != nil {
+	var why any
+	switch {
+	case errors.Is(err, capsule.ErrNoShim):
+		why = "the copy died before it ran"
+	case o.Reason != "":
+		why = o.Reason
+	default:
+		if err := n.rootLost(cp.record()); err != nil {
+			why = err
+		}
+	}
+	if why != nil {
 		// Without its files it could do nothing that the source could not do better.
 		if err := n.note(cp, func(r *copyRecord) { r.Phase = gone }); err != nil {
 			return err
 		}
-		return fault.New(fault.NotFound, "resume", "job "+string(o.Job), "the copy died before it ran", "")
+		return fault.New(fault.NotFound, "resume", "job "+string(o.Job), why, "")
 	}
 	err = n.resume(ctx, cp)
 	if errors.Is(err, capsule.ErrNoShim) {

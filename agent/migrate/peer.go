@@ -25,8 +25,21 @@ type Order struct {
 	// Machine is the source's, and Bytes the job's size there, for a Prepare.
 	Machine Machine
 	Bytes   int64
-	// Reason is why a move was called off.
+	// Reason is why a move was called off; of a Resume, why a copy that has not
+	// begun to run must not any more.
 	Reason string
+	// Locked and Moves are what the job's home knows of it, for a Start or Prepare:
+	// the node that it comes to decides when it goes on.
+	Locked bool `json:",omitempty"`
+	Moves  int  `json:",omitempty"`
+	// Bid is what the job's present node has reckoned, if it comes because of that.
+	Bid Bid `json:",omitzero"`
+}
+
+// Bid is what a node's balancer tells with a job that it sends: see balance.Move.
+// The zero value is that of a move that somebody wants.
+type Bid struct {
+	Load, Limit float64
 }
 
 // Pids maps the processes of a copy from their numbers in the capsule, which are
@@ -43,7 +56,7 @@ type Facts struct {
 type Peer interface {
 	// Start starts a job. The error wraps the errno when the program cannot be run.
 	Start(context.Context, Order, control.Spec) error
-	// Inspect looks at a copy that runs.
+	// Inspect looks at a copy that runs; fault.NotFound is one that has ended.
 	Inspect(context.Context, Order) (Facts, error)
 	// Prepare makes an empty capsule for the copy, or says why the job cannot be here.
 	Prepare(context.Context, Order) error
@@ -64,6 +77,9 @@ type Peer interface {
 
 // Judge is a home as its nodes see it: Home for its own node, Client for others.
 type Judge interface {
+	// Unlocked tells, by an error of kind fault.Refused, that the copy holds locks on
+	// home files: while it does, the job cannot move home.
+	Unlocked(ctx context.Context, home api.NodeID, job JobID, c Placement) error
 	// Ended tells the end of the copy that owns the job.
 	Ended(ctx context.Context, home api.NodeID, job JobID, c Placement, end End) error
 	// Ask asks what is to become of a copy. A home that answers has not lost

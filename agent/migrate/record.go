@@ -113,11 +113,16 @@ func (r Record) refuse(op, cause, hint string) error {
 	return fault.New(fault.Refused, op, "job "+string(r.Job), cause, hint)
 }
 
+// over refuses what cannot be done with a job that has ended.
+func (r Record) over(op string) error {
+	return fault.New(fault.NotFound, op, "job "+string(r.Job), "it has ended", "")
+}
+
 // Reserve begins a move: an epoch is set aside.
 func (r Record) Reserve(to api.NodeID) (Record, error) {
 	switch {
 	case r.End != nil:
-		return r, fault.New(fault.NotFound, "move", "job "+string(r.Job), "it has ended", "")
+		return r, r.over("move")
 	case r.Next != nil:
 		return r, r.refuse("move", fmt.Sprintf("it is being moved to node %d", r.Next.Node), "try again when it is there")
 	case r.Prev != nil || !r.Running:
@@ -132,7 +137,10 @@ func (r Record) Reserve(to api.NodeID) (Record, error) {
 
 // Commit decides for the move.
 func (r Record) Commit() (Record, error) {
-	if r.Next == nil || r.End != nil {
+	if r.End != nil {
+		return r, r.over("commit the move of")
+	}
+	if r.Next == nil {
 		return r, r.refuse("commit the move of", "there is none", "")
 	}
 	prev := r.At

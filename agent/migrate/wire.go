@@ -33,6 +33,16 @@ type message struct {
 	Copy  *Placement    `json:",omitempty"` // of ops ask and ended
 	End   *End          `json:",omitempty"` // of op ended
 	Spec  *control.Spec `json:",omitempty"` // of op start
+	Move  *Proposal     `json:",omitempty"` // of op propose
+}
+
+// Proposal is a node's wish to be rid of a job, which its home may refuse.
+type Proposal struct {
+	To  api.NodeID
+	Bid Bid
+	// Must says that the node is leaving: locked jobs go too.
+	Must   bool
+	Reason string
 }
 
 type reply struct {
@@ -41,23 +51,28 @@ type reply struct {
 	Epoch   uint64         `json:",omitempty"`
 	Pids    Pids           `json:",omitempty"`
 	Facts   *Facts         `json:",omitempty"`
+	// Why tells of a home's jobs why they stay where they are.
+	Why map[JobID]string `json:",omitempty"`
 }
 
 type op string
 
 const (
-	opStart   op = "start"
-	opInspect op = "inspect"
-	opPrepare op = "prepare"
-	opFreeze  op = "freeze"
-	opRestore op = "restore"
-	opResume  op = "resume"
-	opThaw    op = "thaw"
-	opDiscard op = "discard"
-	opPages   op = "pages"
-	opCapsule op = "capsule"
-	opAsk     op = "ask"
-	opEnded   op = "ended"
+	opStart    op = "start"
+	opInspect  op = "inspect"
+	opPrepare  op = "prepare"
+	opFreeze   op = "freeze"
+	opRestore  op = "restore"
+	opResume   op = "resume"
+	opThaw     op = "thaw"
+	opDiscard  op = "discard"
+	opPages    op = "pages"
+	opCapsule  op = "capsule"
+	opAsk      op = "ask"
+	opUnlocked op = "unlocked"
+	opEnded    op = "ended"
+	opPropose  op = "propose"
+	opWhy      op = "why"
 )
 
 // maxMessage bounds a message. Most have some hundred bytes; the largest is a
@@ -96,6 +111,10 @@ type Client struct {
 	Node api.NodeID // of a Peer
 }
 
+// ErrNoAnswer is that of a node that was asked and has not answered: it may
+// have done what it was asked for.
+var ErrNoAnswer = errors.New("no answer")
+
 func (c Client) call(ctx context.Context, node api.NodeID, m message) (reply, error) {
 	conn, err := c.Dial(ctx, node)
 	if err != nil {
@@ -113,7 +132,7 @@ func (c Client) call(ctx context.Context, node api.NodeID, m message) (reply, er
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), err, "")
+		return r, fault.New(fault.Unavailable, string(m.Op), fmt.Sprintf("job %s on node %d", m.Order.Job, node), fmt.Errorf("%w: %w", ErrNoAnswer, fault.HungUp("the node's agent", err)), "")
 	}
 	return r, r.Error.Err()
 }
@@ -186,17 +205,40 @@ func (c Client) Ask(ctx context.Context, home api.NodeID, job JobID, p Placement
 	return r.Verdict, r.Epoch, err
 }
 
+// Unlocked implements Judge.
+func (c Client) Unlocked(ctx context.Context, home api.NodeID, job JobID, p Placement) error {
+	_, err := c.call(ctx, home, message{Op: opUnlocked, Order: Order{Job: job, Home: home}, Copy: &p})
+	return err
+}
+
 // Ended implements Judge.
 func (c Client) Ended(ctx context.Context, home api.NodeID, job JobID, p Placement, end End) error {
 	_, err := c.call(ctx, home, message{Op: opEnded, Order: Order{Job: job, Home: home}, Copy: &p, End: &end})
 	return err
 }
 
+// Propose asks a job's home to move it away from the copy p, and returns when
+// that is done.
+func (c Client) Propose(ctx context.Context, home api.NodeID, job JobID, p Placement, move Proposal) error {
+	_, err := c.call(ctx, home, message{Op: opPropose, Order: Order{Job: job, Home: home}, Copy: &p, Move: &move})
+	return err
+}
+
+// Why asks c.Node why the jobs of a home stay there.
+func (c Client) Why(ctx context.Context, home api.NodeID) (map[JobID]string, error) {
+	r, err := c.call(ctx, c.Node, message{Op: opWhy, Order: Order{Home: home}})
+	return r.Why, err
+}
+
 // Server answers other agents for this one's node and home.
 type Server struct {
 	Node *Node
 	Home *Home
-	Log  *slog.Logger
+	// Propose is asked by nodes that want to be rid of one of our jobs; Why is
+	// what this node tells a home of its jobs. Either may be nil.
+	Propose func(ctx context.Context, job JobID, from Placement, move Proposal) error
+	Why     func(home api.NodeID) map[JobID]string
+	Log     *slog.Logger
 }
 
 // Serve serves one connection from node from, and closes it. A node orders
@@ -235,7 +277,7 @@ func (s Server) Serve(ctx context.Context, conn net.Conn, from api.NodeID) {
 }
 
 func (s Server) do(ctx context.Context, m message, from api.NodeID) reply {
-	if m.Op == opAsk || m.Op == opEnded {
+	if m.Op == opAsk || m.Op == opEnded || m.Op == opUnlocked || m.Op == opPropose {
 		return s.tell(ctx, m, from)
 	}
 	if m.Order.Home != from {
@@ -266,6 +308,10 @@ func (s Server) do(ctx context.Context, m message, from api.NodeID) reply {
 		err = s.Node.Thaw(ctx, m.Order)
 	case opDiscard:
 		err = s.Node.Discard(ctx, m.Order)
+	case opWhy:
+		if s.Why != nil {
+			r.Why = s.Why(from)
+		}
 	default:
 		err = fault.New(fault.Usage, "serve", string(m.Op), errors.New("unknown request"), "run the same mosimg on both nodes")
 	}
@@ -275,8 +321,18 @@ func (s Server) do(ctx context.Context, m message, from api.NodeID) reply {
 
 // tell answers a node that asks or tells about its copy.
 func (s Server) tell(ctx context.Context, m message, from api.NodeID) reply {
-	if m.Copy == nil || m.Copy.Node != from || m.Op == opEnded && m.End == nil {
+	if m.Copy == nil || m.Copy.Node != from || m.Op == opEnded && m.End == nil || m.Op == opPropose && m.Move == nil {
 		return reply{Error: control.FromError(fault.New(fault.Usage, string(m.Op), "job "+string(m.Order.Job), "it is not the asker's copy", ""))}
+	}
+	if m.Op == opPropose {
+		if s.Propose == nil {
+			return reply{Error: control.FromError(fault.New(fault.Refused, "move", "job "+string(m.Order.Job), "its home moves no jobs for others", ""))}
+		}
+		// A move that is begun is not called off because its source has hung up: it may have to freeze first.
+		return reply{Error: control.FromError(s.Propose(context.WithoutCancel(ctx), m.Order.Job, *m.Copy, *m.Move))}
+	}
+	if m.Op == opUnlocked {
+		return reply{Error: control.FromError(s.Home.Unlocked(ctx, m.Order.Home, m.Order.Job, *m.Copy))}
 	}
 	if m.Op == opEnded {
 		return reply{Error: control.FromError(s.Home.Ended(ctx, m.Order.Home, m.Order.Job, *m.Copy, *m.End))}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+
+	"mosimg/internal/fault"
 )
 
 // Magic begins a stream, version 1; numbers are big-endian. The source sends it once,
@@ -41,6 +43,7 @@ type Writer struct {
 	r       io.Reader
 	Bytes   uint64 // sent so far, without buffering
 	Pages64 uint64 // pages with content sent so far
+	Images  uint64 // images begun so far
 	begun   bool
 }
 
@@ -61,13 +64,14 @@ func (w *Writer) put(b []byte) error {
 	w.Bytes += uint64(n)
 	if err != nil {
 		// The destination says why it reads no more, if it can.
-		return errors.Join(fmt.Errorf("send pages: %w", err), w.answer())
+		return errors.Join(fmt.Errorf("send pages: %w", fault.HungUp("the destination", err)), w.answer())
 	}
 	return nil
 }
 
 // Open implements Receiver.
 func (w *Writer) Open(id ImageID) error {
+	w.Images++
 	return w.put(binary.BigEndian.AppendUint64([]byte{recOpen, byte(id.Kind)}, id.ID))
 }
 
@@ -113,7 +117,7 @@ func (w *Writer) ask(rec byte) error {
 		return err
 	}
 	if err := w.w.Flush(); err != nil {
-		return errors.Join(fmt.Errorf("send pages: %w", err), w.answer())
+		return errors.Join(fmt.Errorf("send pages: %w", fault.HungUp("the destination", err)), w.answer())
 	}
 	return w.answer()
 }
@@ -124,11 +128,11 @@ var ErrDestination = errors.New("the destination")
 func (w *Writer) answer() error {
 	var head [2]byte
 	if _, err := io.ReadFull(w.r, head[:]); err != nil {
-		return fmt.Errorf("no answer of the destination about the pages: %w", err)
+		return fmt.Errorf("wait for the destination to have the pages: %w", fault.HungUp("it", err))
 	}
 	text := make([]byte, binary.BigEndian.Uint16(head[:]))
 	if _, err := io.ReadFull(w.r, text); err != nil {
-		return fmt.Errorf("no answer of the destination about the pages: %w", err)
+		return fmt.Errorf("wait for the destination to have the pages: %w", fault.HungUp("it", err))
 	}
 	if len(text) > 0 {
 		return fmt.Errorf("%w: %s", ErrDestination, text)

@@ -138,6 +138,8 @@ type Peer struct {
 	Name    string `json:"name"`
 	Address string `json:"address"` // IP
 	MAC     string `json:"mac"`
+	// Drain: its guests are to go elsewhere, and none to come.
+	Drain bool `json:"drain,omitempty"`
 }
 
 // ClusterView is what the head tells members. It changes as a whole:
@@ -245,6 +247,7 @@ type NodeRecord struct {
 	FirstSeen   time.Time  `json:"first_seen"`
 	LastSeen    time.Time  `json:"last_seen"`
 	Inventory   *Inventory `json:"inventory,omitempty"`
+	Drain       bool       `json:"drain,omitempty"` // its guests are to go elsewhere, and none to come
 	Alert       string     `json:"alert,omitempty"` // e.g. another key tried to enrol with this MAC
 	// Liveness comes from the agent on the head's machine; "" when none runs there.
 	Liveness Liveness  `json:"liveness,omitempty"`
@@ -253,7 +256,7 @@ type NodeRecord struct {
 
 // NodeAct asks for one action on one machine.
 type NodeAct struct {
-	Action string `json:"action"` // approve, deny, rm, rename
+	Action string `json:"action"` // approve, deny, rm, rename, drain, undrain
 	Node   string `json:"node"`   // number, name, MAC or a unique fingerprint prefix
 	Name   string `json:"name,omitempty"`
 }

@@ -45,7 +45,11 @@ type JobStart struct {
 	// Node is where the job is to run from its start: a number, a name, or
 	// "" for home.
 	Node string `json:"node,omitempty"`
-	// Locked says that the job stays where it is until it is unlocked (-L).
+	// Best lets the agent choose the node, from what it has heard; Node is then "".
+	Best bool `json:"best,omitempty"`
+	// Bytes is the memory that the node must have free; 0 is any. With Best only.
+	Bytes int64 `json:"bytes,omitempty"`
+	// Locked says that the job is moved only when its user says so (-L), or when its node is leaving.
 	Locked bool `json:"locked,omitempty"`
 	// NoStdin says that stdin was closed or is empty from the start.
 	NoStdin bool `json:"no_stdin,omitempty"`
@@ -103,6 +107,8 @@ type JobStatus struct {
 	Reason string `json:"reason,omitempty"`
 	// Pinned is why it cannot move now; "" if it can.
 	Pinned string `json:"pinned,omitempty"`
+	// Stays is why the balancer of its node leaves it there.
+	Stays string `json:"stays,omitempty"`
 	// Downtime is how long the job stood still in its last move.
 	Downtime time.Duration `json:"downtime_ns,omitempty"`
 }

@@ -31,7 +31,7 @@ func newNodeCmd(env *Env) *cobra.Command {
 	n := &nodeCmd{env: env}
 	c := &cobra.Command{
 		Use:   "node",
-		Short: "List, approve, deny, rename and remove machines",
+		Short: "List, approve, deny, drain, rename and remove machines",
 		Long: `Node talks to the head on this machine. NODE is a number, a name, a MAC, or the
 beginning of a fingerprint (at least 4 digits) as the machine's console shows it.
 Compare fingerprints before you approve: anyone on the boot network can use any
@@ -56,7 +56,9 @@ MAC. An alert stays with a machine until it is approved (again).`,
 	}
 	c.AddCommand(ls, show, n.approveCmd(),
 		n.actCmd("deny", "Turn machines away; members lose their certificates and the gossip key"),
-		n.actCmd("rm", "Forget machines; if they boot again they are new"))
+		n.actCmd("rm", "Forget machines; if they boot again they are new"),
+		n.drainCmd(),
+		n.actCmd("undrain", "Let drained machines take guests again"))
 	c.AddCommand(&cobra.Command{
 		Use: "rename NODE NAME", Short: "Give a machine another name", Args: usageArgs(cobra.ExactArgs(2)),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -126,7 +128,7 @@ func (n *nodeCmd) act(ctx context.Context, a api.NodeAct) error {
 		fmt.Fprintf(n.env.Stdout, "%s removed\n", label(rec))
 		return nil
 	}
-	fmt.Fprintf(n.env.Stdout, "%s is %s\n", label(rec), rec.State)
+	fmt.Fprintf(n.env.Stdout, "%s is %s\n", label(rec), stateWord(rec))
 	return nil
 }
 
@@ -216,7 +218,7 @@ func nodeTable(w io.Writer, recs []api.NodeRecord, now time.Time) error {
 		if r.Node != 0 {
 			number = fmt.Sprint(r.Node)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", number, dash(r.Name), r.State, dash(string(r.Liveness)),
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", number, dash(r.Name), stateWord(r), dash(string(r.Liveness)),
 			since, dash(r.Address), r.MAC, dash(short(r.Image)), cpus, mem, dash(r.Fingerprint))
 		if r.Alert != "" {
 			alerts = append(alerts, fmt.Sprintf("ALERT %s: %s", label(r), r.Alert))
@@ -229,6 +231,14 @@ func nodeTable(w io.Writer, recs []api.NodeRecord, now time.Time) error {
 		fmt.Fprintln(w, a)
 	}
 	return nil
+}
+
+// stateWord is what the head has decided about a machine.
+func stateWord(r api.NodeRecord) string {
+	if r.Drain {
+		return string(r.State) + ",drained"
+	}
+	return string(r.State)
 }
 
 func dash(s string) string {
@@ -273,7 +283,7 @@ func showNode(w io.Writer, r api.NodeRecord) error {
 	row := func(k, format string, args ...any) { fmt.Fprintf(t, "%s\t%s\n", k, fmt.Sprintf(format, args...)) }
 	row("node", "%d", r.Node)
 	row("name", "%s", dash(r.Name))
-	row("state", "%s", r.State)
+	row("state", "%s", stateWord(r))
 	if r.Alert != "" {
 		row("alert", "%s", r.Alert)
 	}

@@ -188,3 +188,49 @@ func TestHeadRefusals(t *testing.T) {
 		}
 	}
 }
+
+// drain must not return before the last guest has left: what follows it in an
+// operator's script is the power switch.
+func TestNodeDrain(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		news   []api.Member // one for each look; the last one stays
+		flags  string
+		status int
+		text   string
+	}{
+		{"guests leave", []api.Member{
+			{Liveness: api.Alive, Load: &api.LoadVector{}},
+			{Liveness: api.Alive, Load: &api.LoadVector{Guests: 1, Leaving: true}},
+			{Liveness: api.Alive, Load: &api.LoadVector{Leaving: true}},
+		}, "", 0, "has no guests"},
+		{"one stays", []api.Member{{Liveness: api.Alive, Load: &api.LoadVector{Guests: 1, Leaving: true}}}, "--timeout 1500ms", int(fault.Unavailable), "1 guests are left"},
+		{"it has not heard", []api.Member{{Liveness: api.Alive}}, "--timeout 1s", int(fault.Unavailable), "has not heard"},
+		{"it is dead", []api.Member{{Liveness: api.Dead}}, "", int(fault.Unavailable), "it is dead"},
+		{"it is away", nil, "", int(fault.Unavailable), "not a member now"},
+		{"nobody waits", nil, "--timeout 0s", 0, "is approved"},
+	} {
+		h := new(fakeHead)
+		mux := http.NewServeMux()
+		mux.HandleFunc("GET "+api.PathMembers, func(w http.ResponseWriter, r *http.Request) {
+			var table api.MemberTable
+			if len(tc.news) > 0 {
+				m := tc.news[0]
+				m.Node = 2
+				table.Members = []api.Member{m}
+			}
+			if len(tc.news) > 1 {
+				tc.news = tc.news[1:]
+			}
+			unixhttp.Reply(w, table)
+		})
+		args := append(strings.Fields("node drain 2 "+tc.flags), "--socket", h.start(t), "--agent-socket", listen(t, "agent.sock", mux))
+		status, out, errs := mosimg(t, args...)
+		if status != tc.status || !strings.Contains(out+errs, tc.text) {
+			t.Errorf("%s: status %d, %q, %q; want %d and %q", tc.name, status, out, errs, tc.status, tc.text)
+		}
+		if len(h.acts) != 1 || h.acts[0] != (api.NodeAct{Action: "drain", Node: "2"}) {
+			t.Errorf("%s: the head was asked for %+v", tc.name, h.acts)
+		}
+	}
+}

@@ -88,6 +88,10 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 		newCRIUCmd,
 		newBenchCmd,
 		newTickerCmd,
+		newBenchWorkCmd,
+		newHomefsInsideCmd,
+		newKeeperCmd,
+		newMountCmd,
 	} {
 		root.AddCommand(verb(env))
 	}

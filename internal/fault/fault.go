@@ -8,8 +8,10 @@ package fault
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
+	"syscall"
 )
 
 // Kind says what sort of failure happened. The numbers are the exit statuses
@@ -101,6 +103,17 @@ func ExitStatus(err error) int {
 		return 0
 	}
 	return int(KindOf(err))
+}
+
+// HungUp says in words that the other side of a connection has gone, where
+// the error as such is a bare "EOF"; other errors it returns as they are.
+func HungUp(who string, err error) error {
+	for _, end := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE} {
+		if errors.Is(err, end) {
+			return fmt.Errorf("%s hung up before it had answered (%w)", who, err)
+		}
+	}
+	return err
 }
 
 // List collects faults so that all of them can be told at once.

@@ -3,8 +3,11 @@ package fault
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"net"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -61,5 +64,18 @@ func TestListTellsAllFaultsAtOnce(t *testing.T) {
 	}
 	if !errors.Is(err, fs.ErrPermission) {
 		t.Error("a list hides its members from errors.Is")
+	}
+}
+
+// Nobody can do anything with "EOF".
+func TestHungUp(t *testing.T) {
+	for err, want := range map[error]string{
+		io.EOF: "node 2 hung up before it had answered (EOF)",
+		&net.OpError{Op: "read", Err: syscall.ECONNRESET}: "node 2 hung up before it had answered (read: connection reset by peer)",
+		errors.New("no route to host"):                    "no route to host",
+	} {
+		if got := HungUp("node 2", err); got.Error() != want || !errors.Is(got, err) {
+			t.Errorf("HungUp(%v) = %q; want %q, which wraps it", err, got, want)
+		}
 	}
 }

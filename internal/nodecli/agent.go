@@ -1,6 +1,8 @@
 package nodecli
 
 import (
+	"fmt"
+
 	"github.com/spf13/cobra"
 
 	"mosimg/agent"
@@ -10,11 +12,13 @@ import (
 	"mosimg/agent/netup"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
+	"mosimg/internal/urgent"
 )
 
 func newAgentCmd(env *Env) *cobra.Command {
 	var cfg agent.Config
 	var show, noKeys bool
+	balance, measure := onOff(true), loadOf("auto")
 	cmd := &cobra.Command{
 		Use:   "agent (--join FILE | --head URL --ca PIN)",
 		Short: "Make this machine a node and keep it one",
@@ -36,7 +40,11 @@ ticket that mosimg head leaves:
 				cfg.Consoles = console.Active()
 				cfg.Keys = !noKeys
 			}
+			cfg.NoBalance, cfg.JobsLoad = !bool(balance), measure == "jobs" || measure == "auto" && cfg.OwnMachine
 			cfg.Log = newLog(env.Stderr)
+			if err := urgent.Raise(); err != nil {
+				cfg.Log.Warn("the agent is no more urgent than jobs", "why", err)
+			}
 			return agent.Run(c.Context(), cfg)
 		},
 	}
@@ -52,6 +60,9 @@ ticket that mosimg head leaves:
 	f.StringVar(&cfg.JobsDir, "jobs", "", "folder for jobs, on tmpfs (default: jobs in the state folder)")
 	f.StringVar(&cfg.Cgroup, "cgroup", "", "control group for jobs (default: mosimg, in the cgroup2 mount)")
 	f.BoolVar(&cfg.RootJobs, "root-jobs", false, "let root's jobs leave their home, and come here from others")
+	f.Var(&balance, "balance", "`on|off`: move jobs, and choose where they start, by the loads of the nodes")
+	f.Var(&measure, "load", "`auto|machine|jobs`: what counts as this node's load; auto is jobs on a machine that mosimg booted, else machine")
+	f.IntVar(&cfg.Speed, "speed", 0, "speed of a CPU here, 10000 being the reference (default: it is measured)")
 	f.DurationVar(&cfg.Lease, "home-lease", migrate.DefaultLease, "how long a guest outlives the silence of its home")
 	f.StringVar(&cfg.Socket, "socket", api.AgentSocket, "unix socket for local users")
 	f.StringVar(&cfg.NetStatus, "net", netup.StatusFile, "status file of our own network service (with --own-machine)")
@@ -61,3 +72,38 @@ ticket that mosimg head leaves:
 	f.BoolVar(&noKeys, "no-keys", false, "with --console: leave the keyboard to others")
 	return cmd
 }
+
+// onOff is a flag of two words.
+type onOff bool
+
+func (o *onOff) String() string {
+	if *o {
+		return "on"
+	}
+	return "off"
+}
+
+func (o *onOff) Set(s string) error {
+	if s != "on" && s != "off" {
+		return fmt.Errorf("%q is neither on nor off", s)
+	}
+	*o = s == "on"
+	return nil
+}
+
+func (*onOff) Type() string { return "on|off" }
+
+// loadOf is what counts as a node's load.
+type loadOf string
+
+func (l *loadOf) String() string { return string(*l) }
+
+func (l *loadOf) Set(s string) error {
+	if s != "auto" && s != "machine" && s != "jobs" {
+		return fmt.Errorf("%q is none of auto, machine and jobs", s)
+	}
+	*l = loadOf(s)
+	return nil
+}
+
+func (*loadOf) Type() string { return "auto|machine|jobs" }

@@ -94,7 +94,7 @@ func TestMigrate(t *testing.T) {
 		{[]string{"1-7", "node9"}, int(fault.Refused), "TCP socket"},
 		{[]string{"1-9", "3"}, int(fault.NotFound), "mosps lists them"},
 		{[]string{"../x", "3"}, int(fault.NotFound), "mosps lists"},
-		{[]string{"1-7", "balance"}, int(fault.Usage), "comes with balancing"},
+		{[]string{"1-7", "balance"}, int(fault.Usage), "each second by itself"},
 		{[]string{"1-7", ""}, int(fault.Usage), "no destination"},
 		{[]string{"1-7"}, int(fault.Usage), "--help"},
 		{[]string{"1-7", "3", "--socket", gone}, int(fault.Unavailable), "not running"},

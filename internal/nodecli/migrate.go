@@ -27,8 +27,10 @@ node, 6 the node or the agent does not answer.`,
 		Args: usageArgs(cobra.ExactArgs(2)),
 		RunE: func(c *cobra.Command, args []string) error {
 			switch args[1] {
-			case "balance", "out", "freeze", "continue", "checkpoint", "chkstop", "chkexit":
-				return fault.New(fault.Usage, "migrate", args[0]+" "+args[1], "only moves to a node or home are there; balance comes with balancing", "kill -TSTP and -CONT to its mosrun freeze a job and let it run on")
+			case "balance":
+				return fault.New(fault.Usage, "migrate", args[0]+" "+args[1], "its node looks each second by itself whether another one is better", "mosps -w shows why a job stays")
+			case "out", "freeze", "continue", "checkpoint", "chkstop", "chkexit":
+				return fault.New(fault.Usage, "migrate", args[0]+" "+args[1], "only moves to a node or home are there", "kill -TSTP and -CONT to its mosrun freeze a job and let it run on")
 			}
 			status, err := client.Agent{Socket: socket}.Move(c.Context(), args[0], args[1])
 			if err != nil {

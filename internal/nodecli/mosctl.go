@@ -5,6 +5,7 @@ import "github.com/spf13/cobra"
 // mosctlVerbs are mosctl's, each a command of its own.
 var mosctlVerbs = []func(*Env) []*cobra.Command{
 	mosctlQuestions,
+	mosctlModeVerbs,
 }
 
 func newMosctlCmd(env *Env) *cobra.Command {

@@ -37,14 +37,16 @@ working directory, umask, nice value, groups and limits.
 
 Usage: mosrun [FLAGS] PROGRAM [ARG...]
 
-  -h         start at home, on this machine (so it is if nothing is said)
-  -b         start on the best node: home, until there is balancing
+  -b         start on the best node, as loads were last heard (so it is if
+             nothing is said): home, while it has a CPU to spare
+  -h         start at home, on this machine
   -NUMBER    start on the node with this number, or with this IPv4 address
   -r HOST    start on the node with this number, name or address
   -j LIST    start on one of these nodes, at random: -j 1-4,7
-  -m MB      of those, only on one with so much free memory (MiB)
+  -m MB      with -b or -j: only on a node with so much free memory (MiB)
   -F         start at home if the node is not available
-  -L         lock: the job does not move by itself; -l is the default
+  -L         lock: the job moves only if you move it, or its node is leaving;
+             -l is the default
   --socket PATH   the agent's unix socket
   --help
 
@@ -53,6 +55,10 @@ Flags end at the first word that is none, or at --.
 mosrun reads ahead of the program, up to 256 KiB of stdin: in a loop over a
 list give it </dev/null. While the agent or the job's node is away for a
 while, it waits.
+
+A limit of the address space (ulimit -v) is the program's. mosrun itself needs
+some 600 MiB of it on a 64-bit machine: set a smaller one within the job, by
+mosrun sh -c 'ulimit -v 200000; exec PROGRAM'.
 
 Exit status: the program's own, or death by the same signal. And:
   125  mosrun failed and said why: the program was not started, or not all of
@@ -113,6 +119,7 @@ func (m *mosrun) run(ctx context.Context, program []string) int {
 		m.say("%v", err)
 		return exitCannot
 	}
+	start.Best, start.Bytes = m.flags.best(), m.flags.memMiB<<20
 	if start.Node, err = m.place(ctx); err != nil {
 		m.say("%v", err)
 		return exitMosrun
@@ -191,9 +198,9 @@ func (m *mosrun) start(ctx context.Context, start api.JobStart, signals <-chan o
 	go func() {
 		defer close(done)
 		id, err = m.agent.Start(ctx, start)
-		if start.Node != "" && m.flags.force && fault.KindOf(err) == fault.Unavailable && ctx.Err() == nil {
+		if (start.Node != "" || start.Best) && m.flags.force && fault.KindOf(err) == fault.Unavailable && ctx.Err() == nil {
 			m.say("%v; the job runs at home", err)
-			start.Node = ""
+			start.Node, start.Best = "", false
 			id, err = m.agent.Start(ctx, start)
 		}
 	}()

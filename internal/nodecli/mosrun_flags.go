@@ -13,7 +13,8 @@ import (
 // runFlags is what mosrun was asked for. The letters are MOSIX's, which allow a value
 // to be part of the word (-r3, -j1-4) and a number to be a flag (-3).
 type runFlags struct {
-	node   string      // by number, name or address; "" is home
+	node   string      // by number, name or address; "" is the best
+	home   bool        // here
 	list   []nodeRange // or one of these, at random
 	force  bool        // run at home if the place is not available
 	memMiB int64       // only where so much memory is free
@@ -22,13 +23,16 @@ type runFlags struct {
 	socket string
 }
 
+// best tells whether the agent is to choose the node.
+func (f runFlags) best() bool { return f.node == "" && !f.home && len(f.list) == 0 }
+
 // nodeRange is the nodes from first to last.
 type nodeRange struct{ first, last api.NodeID }
 
 // later are MOSIX's flags that do nothing here yet, or nothing any more.
 var later = map[byte]string{
-	'c': "comes with balancing", 'd': "comes with balancing", 'f': "comes with balancing", 'i': "comes with balancing",
-	'n': "comes with balancing", 's': "comes with balancing", 'G': "comes with balancing", 'D': "comes with balancing",
+	'c': "the balancer has no use for it; it looks at what a job does", 'd': "the balancer has no use for it; it looks at what a job does", 'f': "the balancer has no use for it; it looks at what a job does", 'i': "the balancer has no use for it; it looks at what a job does",
+	'n': "the balancer has no use for it; it looks at what a job does", 's': "the balancer has no use for it; it looks at what a job does", 'G': "the balancer has no use for it; it looks at what a job does", 'D': "the balancer has no use for it; it looks at what a job does",
 	't': "a terminal for the job comes later; stdin, stdout and stderr are pipes until then",
 	'A': "checkpoints are not there", 'N': "checkpoints are not there", 'C': "checkpoints are not there",
 	'R': "checkpoints are not there", 'I': "checkpoints are not there", 'O': "checkpoints are not there",
@@ -105,7 +109,9 @@ func parseRun(args []string) (f runFlags, program []string, err error) {
 				}
 			}
 			switch letter {
-			case 'b', 'h': // home, until balancing knows better for -b
+			case 'b': // as nothing is
+			case 'h':
+				f.home = true
 			case 'r':
 				f.node = value
 			case 'j':
@@ -136,8 +142,8 @@ func parseRun(args []string) (f runFlags, program []string, err error) {
 		return f, nil, nil
 	case len(args) == 0:
 		return f, nil, fault.New(fault.Usage, "read arguments of", "mosrun", "no program is named", "see: mosrun --help")
-	case f.memMiB > 0 && len(f.list) == 0:
-		return f, nil, bad("-m", "without -j it needs somebody who chooses the node: that comes with balancing")
+	case f.memMiB > 0 && !f.best() && len(f.list) == 0:
+		return f, nil, bad("-m", "the node is given by %s already", placed)
 	}
 	return f, args, nil
 }

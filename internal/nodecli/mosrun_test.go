@@ -140,7 +140,7 @@ func TestMosrunStatuses(t *testing.T) {
 		{`$MOSRUN -8 true; echo $?`, "125\n", "no node has this number"},
 		{`$MOSRUN; echo $?`, "125\n", "no program"},
 		{`$MOSRUN -t true; echo $?`, "125\n", "a terminal for the job comes later"},
-		{`$MOSRUN -c true; echo $?`, "125\n", "comes with balancing"},
+		{`$MOSRUN -c true; echo $?`, "125\n", "the balancer has no use for it"},
 		{`$MOSRUN --nonsense true; echo $?`, "125\n", "--help"},
 		{`$MOSRUN --socket=/nowhere true; echo $?`, "125\n", "not running"},
 		{`mkdir /tmp/$$ && cd /tmp/$$ && rmdir /tmp/$$ && $MOSRUN true; echo $?`, "126\n", "working directory"},
@@ -179,7 +179,7 @@ func TestMosrunTellsWhatItInherits(t *testing.T) {
 	}
 	s.Limits = nil
 	s.Groups = nil // this test's own
-	want := api.JobStart{Argv: []string{"true", "x"}, Env: []string{"A=b", "PATH=" + os.Getenv("PATH")}, Dir: "/usr", Umask: 0o27, Nice: min(19, 20-nice+5), Ignored: []int{1, 2}, NoStdin: true}
+	want := api.JobStart{Argv: []string{"true", "x"}, Env: []string{"A=b", "PATH=" + os.Getenv("PATH")}, Dir: "/usr", Umask: 0o27, Nice: min(19, 20-nice+5), Ignored: []int{1, 2}, NoStdin: true, Best: true}
 	if d := cmp.Diff(want, s); d != "" {
 		t.Errorf("(-want +got):\n%s", d)
 	}
@@ -319,7 +319,7 @@ func TestParseRun(t *testing.T) {
 		program string
 	}{
 		{"prog -h -3", runFlags{}, "prog -h -3"},
-		{"-h prog", runFlags{}, "prog"},
+		{"-h prog", runFlags{home: true}, "prog"},
 		{"-b -- -prog", runFlags{}, "-prog"},
 		{"-r host prog a", runFlags{node: "host"}, "prog a"},
 		{"-rhost prog", runFlags{node: "host"}, "prog"},
@@ -340,7 +340,7 @@ func TestParseRun(t *testing.T) {
 			t.Errorf("%s (-want +got):\n%s", tc.args, d)
 		}
 	}
-	for _, args := range []string{"", "-h", "-r", "-0 p", "-3x p", "-j p", "-j 0 p", "-j 4-2 p", "-j 1,,2 p", "-m 0 -j1 p", "-m x -j1 p", "-m 5 p", "-h -3 p", "-b -j1 p", "-q p", "-x p", "--socket", "-99999999999 p"} {
+	for _, args := range []string{"", "-h", "-r", "-0 p", "-3x p", "-j p", "-j 0 p", "-j 4-2 p", "-j 1,,2 p", "-m 0 -j1 p", "-m x -j1 p", "-m 5 -h p", "-m 5 -3 p", "-h -3 p", "-b -j1 p", "-q p", "-x p", "--socket", "-99999999999 p"} {
 		if f, program, err := parseRun(strings.Fields(args)); fault.KindOf(err) != fault.Usage {
 			t.Errorf("%q: %+v, %q, %v; want an error of kind Usage", args, f, program, err)
 		}

@@ -134,6 +134,9 @@ func Why(j api.JobStatus) string {
 	if j.Reason != "" && j.Reason != j.Pinned {
 		why = append(why, "last move: "+j.Reason)
 	}
+	if j.Stays != "" && j.Stays != j.Pinned && !j.Locked {
+		why = append(why, "stays: "+j.Stays)
+	}
 	if len(why) == 0 {
 		return "-"
 	}

@@ -16,7 +16,7 @@ var now = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 var jobs = []api.JobStatus{
 	{ID: "1-7", PID: 4711, UID: 4242, Argv: []string{"sh", "-c", "echo \x1b[2J\n"}, State: api.JobRuns, Home: 1, Node: 3, Since: now.Add(-time.Minute), Moves: 2, Bytes: 600 << 20},
 	{ID: "1-12", PID: 99, UID: 4242, Argv: []string{"caf\xe9"}, State: api.JobWaits, Home: 1, Node: 4, Since: now.Add(time.Second), Pinned: "holds a socket", Reason: "node 5 has too little memory", Locked: true},
-	{ID: "1-13", PID: 5, UID: 4242, Argv: []string{strings.Repeat("x", 60)}, State: api.JobRuns, Home: 1, Node: 1, Since: now.Add(-time.Hour), Bytes: 700 << 10},
+	{ID: "1-13", PID: 5, UID: 4242, Argv: []string{strings.Repeat("x", 60)}, State: api.JobRuns, Home: 1, Node: 1, Since: now.Add(-time.Hour), Bytes: 700 << 10, Stays: "no node is better"},
 }
 
 func TestJobs(t *testing.T) {
@@ -32,7 +32,7 @@ func TestJobs(t *testing.T) {
 	want = `ID     PID  USER  WHERE  SINCE  MOVES  SIZE  STATE  COMMAND                                   WHY
 1-7   4711  4242  küche    60s      2  600M  runs   sh -c echo ?[2J?                          -
 1-12    99  4242  4       0.0s      0     -  waits  caf?                                      locked; holds a socket; last move: node 5 has too little memory
-1-13     5  4242  home     60m      0  700K  runs   ` + strings.Repeat("x", 37) + "...  -\n"
+1-13     5  4242  home     60m      0  700K  runs   ` + strings.Repeat("x", 37) + "...  stays: no node is better\n"
 	if d := cmp.Diff(want, o.Text(jobs)); d != "" {
 		t.Errorf("-w (-want +got):\n%s", d)
 	}

@@ -1,6 +1,7 @@
 package enrol
 
 import (
+	"cmp"
 	"fmt"
 	"log/slog"
 	"net"
@@ -56,8 +57,10 @@ func (s *Service) Act(a api.NodeAct) (api.NodeRecord, error) {
 			err = remove(tx, n)
 		case "rename":
 			err = rename(tx, n, a.Name)
+		case "drain", "undrain":
+			err = drain(tx, n, a.Action == "drain")
 		default:
-			err = fault.New(fault.Usage, "act on node", a.Node, fmt.Sprintf("unknown action %q", a.Action), "approve, deny, rm or rename")
+			err = fault.New(fault.Usage, "act on node", a.Node, fmt.Sprintf("unknown action %q", a.Action), "approve, deny, rm, rename, drain or undrain")
 		}
 		out = s.public(n)
 		return err
@@ -197,6 +200,17 @@ func remove(tx *registry.Tx, n *registry.Node) error {
 		tx.Rotate()
 	}
 	tx.DeleteNode(n.MAC)
+	return nil
+}
+
+// drain tells a member, by the cluster view, to send its guests away, or that
+// it may take some again. It lasts over a reboot of either machine.
+func drain(tx *registry.Tx, n *registry.Node, yes bool) error {
+	if n.State != api.Approved {
+		return fault.New(fault.Refused, "drain node", cmp.Or(n.Name, n.MAC), fmt.Sprintf("it is %s", n.State), "only members have guests")
+	}
+	n.Drain = yes
+	tx.PutNode(n)
 	return nil
 }
 

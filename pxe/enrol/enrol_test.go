@@ -838,3 +838,39 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("enrol without a registry: %v; want an environment fault, and no answer to the machine", err)
 	}
 }
+
+// Members hear by the cluster view that they are to be empty, and it holds until
+// it is taken back: over a restart of the head too.
+func TestDrain(t *testing.T) {
+	s := newSite(t)
+	m := s.boot(mac1, addr1)
+	m.want(api.Pending)
+	if _, err := s.Act(api.NodeAct{Action: "drain", Node: mac1}); fault.KindOf(err) != fault.Refused {
+		t.Errorf("a pending machine is drained: %v", err)
+	}
+	s.act("approve", mac1)
+	reply := m.want(api.Approved)
+	drained := func(v *api.ClusterView) bool {
+		for _, p := range v.Peers {
+			if p.MAC == mac1 {
+				return p.Drain
+			}
+		}
+		return false
+	}
+	if drained(reply.Cluster) {
+		t.Error("a new member is drained")
+	}
+	before := reply.Cluster.Generation
+	s.act("drain", mac1)
+	s.Store.Close()
+	s.start()
+	reply = m.want(api.Approved)
+	if !drained(reply.Cluster) || reply.Cluster.Generation <= before {
+		t.Errorf("after drain: %+v; want it drained in a later generation than %d", reply.Cluster, before)
+	}
+	s.act("undrain", mac1)
+	if reply = m.want(api.Approved); drained(reply.Cluster) {
+		t.Error("still drained")
+	}
+}

@@ -155,7 +155,7 @@ func peerOf(n *Node) api.Peer {
 	if n == nil || n.State != api.Approved || n.Address == "" {
 		return api.Peer{}
 	}
-	return api.Peer{Node: n.Node, Name: n.Name, Address: n.Address, MAC: n.MAC}
+	return api.Peer{Node: n.Node, Name: n.Name, Address: n.Address, MAC: n.MAC, Drain: n.Drain}
 }
 
 // FreeID is the smallest number that no machine has and that no certificate

@@ -24,12 +24,20 @@ type cluster struct {
 	all  []*machine // by node number, from 1
 }
 
+// Where tests move jobs by hand, nobody else does.
 func newCluster(t *testing.T) *cluster {
+	t.Helper()
+	return newClusterOf(t, "--balance=off")
+}
+
+// newClusterOf is newCluster with other flags of its agents.
+func newClusterOf(t *testing.T, flags ...string) *cluster {
 	t.Helper()
 	if os.Getenv("MOSIMG_CRIU") == "" {
 		t.Skip("moves jobs: set MOSIMG_CRIU to a CRIU bundle (mosimg criu)")
 	}
 	w := newWorld(t)
+	w.flags = flags
 	c := &cluster{world: w, head: w.head("head", 1, "10.77.0.1/24")}
 	c.head.joinSelf()
 	c.all = []*machine{c.head.machine, w.machine("a", 2), w.machine("b", 3)}

@@ -186,7 +186,7 @@ func (c *cluster) jobStops() {
 
 // What a program has of its caller it has under mosrun, before and after a move.
 func (c *cluster) surroundingsStay() {
-	const show = `umask; pwd; ulimit -a; nice; id -G; env | grep -v '^_=' | sort; touch new$n; stat -c '%A %U' new$n; grep -E '^(Sig(Ign|Blk)|Uid|Gid)' /proc/self/status; ls -l ../surroundings-file`
+	const show = `umask; pwd; ulimit -a; nice; cat /proc/self/oom_score_adj; id -G; env | grep -v '^_=' | sort; touch new$n; stat -c '%A %U' new$n; grep -E '^(Sig(Ign|Blk)|Uid|Gid)' /proc/self/status; ls -l ../surroundings-file`
 	const set = `umask 027 && ulimit -n 333 && ulimit -c 0 && ulimit -s 4096 && export SAID='a b' EMPTY= && trap '' HUP INT && cd -P .`
 	if err := os.WriteFile(filepath.Join(c.dir, "surroundings-file"), []byte("x"), 0o604); err != nil {
 		c.t.Fatal(err)

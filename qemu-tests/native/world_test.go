@@ -93,6 +93,7 @@ type world struct {
 	dir    string
 	prefix string // of the namespaces' names
 	bin    string
+	flags  []string // of every agent
 }
 
 func newWorld(t *testing.T) *world {
@@ -316,8 +317,8 @@ func (m *machine) agentFlags() []string {
 	if criu == "" {
 		criu = m.w.dir
 	}
-	return []string{"--state", filepath.Join(m.dir, "agent"), "--socket", m.socket(), "--criu", criu,
-		"--cgroup", filepath.Join("/sys/fs/cgroup", m.cgroup), "--root-jobs", "--home-lease", "60s"}
+	return append([]string{"--state", filepath.Join(m.dir, "agent"), "--socket", m.socket(), "--criu", criu,
+		"--cgroup", filepath.Join("/sys/fs/cgroup", m.cgroup), "--root-jobs", "--home-lease", "60s"}, m.w.flags...)
 }
 
 func (m *machine) socket() string { return filepath.Join(m.dir, "agent.sock") }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -42,6 +43,9 @@ os.close(w)
 done.acquire()
 raise SystemExit(7)
 `
+
+// counterFile is its name in the user's home.
+const counterFile = "counter.py"
 
 // counterStatus is the exit status of the program above.
 const counterStatus = 7
@@ -83,27 +87,34 @@ func counter(ctx context.Context, r *Run) error {
 	if err != nil {
 		return err
 	}
-	if _, err := r.asDemo(ctx, counterProgram, "sh", "-c", "rm -f stop counted && cat > counter.py"); err != nil {
+	return r.countRound(ctx, n1.Node, n2.Node)
+}
+
+// countRound is the counter moved round two nodes and its home.
+func (r *Run) countRound(ctx context.Context, n1, n2 api.NodeID) error {
+	if _, err := r.asDemo(ctx, counterProgram, "sh", "-c", "rm -f stop counted && cat >"+counterFile); err != nil {
 		return err
 	}
-	run := r.startAsDemo(ctx, "mosrun", "python3", "counter.py")
+	// Locked: who is where is ours to say, and no balancer's.
+	run := r.startAsDemo(ctx, "mosrun", "-h", "-L", "python3", counterFile)
 	defer run.end()
 	var job api.JobStatus
 	if err := r.step("mosrun starts a counter", func() (string, error) {
-		job, err = r.awaitJob(ctx, run)
+		var err error
+		job, err = r.awaitCounter(ctx, run)
 		return "job " + job.ID, err
 	}); err != nil {
 		return err
 	}
-	round := []api.NodeID{n1.Node, n2.Node, job.Home}
+	round := []api.NodeID{n1, n2, job.Home}
 	var still []string
-	err = r.step(fmt.Sprintf("the counter moves %d times round %d machines", counterMoves, len(round)), func() (string, error) {
+	err := r.step(fmt.Sprintf("the counter moves %d times round %d machines", counterMoves, len(round)), func() (string, error) {
 		for i := range counterMoves {
 			to := round[i%len(round)]
 			if _, err := r.asDemo(ctx, "", "migrate", strconv.Itoa(job.PID), strconv.Itoa(int(to))); err != nil {
 				return "", fmt.Errorf("move %d: %w", i+1, err)
 			}
-			now, err := r.jobsOfDemo(ctx)
+			now, err := r.counters(ctx)
 			if err != nil {
 				return "", err
 			}
@@ -120,12 +131,18 @@ func counter(ctx context.Context, r *Run) error {
 	return r.step("every number came exactly once, in order", func() (string, error) { return r.checkCounter(ctx, run) })
 }
 
-// awaitJob waits until the counter counts.
-func (r *Run) awaitJob(ctx context.Context, run *command) (api.JobStatus, error) {
+// counters are the jobs that count.
+func (r *Run) counters(ctx context.Context) ([]api.JobStatus, error) {
+	all, err := r.jobsOfDemo(ctx)
+	return slices.DeleteFunc(all, func(j api.JobStatus) bool { return !slices.Contains(j.Argv, counterFile) }), err
+}
+
+// awaitCounter waits until the counter counts.
+func (r *Run) awaitCounter(ctx context.Context, run *command) (api.JobStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
-		all, err := r.jobsOfDemo(ctx)
+		all, err := r.counters(ctx)
 		if err == nil && len(all) == 1 && run.output() != "" {
 			return all[0], nil
 		}
@@ -166,9 +183,9 @@ func (r *Run) checkCounter(ctx context.Context, run *command) (string, error) {
 		return "", fmt.Errorf("the output has %d bytes, the file %d", len(run.output()), len(counted))
 	}
 	// The agent forgets the job a moment after mosrun has its status.
-	left, err := r.jobsOfDemo(ctx)
+	left, err := r.counters(ctx)
 	for end := time.Now().Add(20 * time.Second); err == nil && len(left) > 0 && time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
-		left, err = r.jobsOfDemo(ctx)
+		left, err = r.counters(ctx)
 	}
 	if err == nil && len(left) > 0 {
 		err = fmt.Errorf("mosps still shows %+v", left)

@@ -198,7 +198,7 @@ func (r *Run) member(ctx context.Context, name string) (api.NodeRecord, error) {
 	return rec, err
 }
 
-// show prints the real output of a command on the head.
+// show prints the real output of a command of the head's operator.
 func (r *Run) show(ctx context.Context, argv ...string) error {
 	b, err := r.Lab.Output(ctx, argv...)
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -203,6 +204,26 @@ func (w *World) Cgroup(name string) string { return filepath.Join(w.cgroup, name
 
 // Home is the root of a job at home.
 func (w *World) Home() control.Root { return control.Root{Dir: "/"} }
+
+// racy is a CRIU that meets a process which ends while it is stopped, and says so
+// as the real one does, in its log and its answer (type 1, success 0).
+const racy = `n=$(cat "$1" 2>/dev/null || echo 0)
+if [ "$n" -lt "$2" ]; then
+	echo $((n+1)) >"$1"
+	echo '(00.001) Error (compel/src/lib/infect.c:1): Unable to detach from 1002: No such process' >/proc/self/fd/4/dump.log
+	echo '(00.002) Error (criu/cr-dump.c:1): Dumping FAILED.' >>/proc/self/fd/4/dump.log
+	dd bs=65536 count=1 <&3 >/dev/null 2>&1
+	printf '\010\001\020\000' >&3
+	exit 1
+fi
+shift 2
+exec "$@"`
+
+// Racy is a CRIU whose first dumps meet such a process, so many of them.
+func (w *World) Racy(criu control.CRIU, dumps int) control.CRIU {
+	criu.Argv = append([]string{"/bin/sh", "-c", racy, "criu", filepath.Join(w.Work, "raced"), strconv.Itoa(dumps)}, criu.Argv...)
+	return criu
+}
 
 // Capsule starts an empty capsule. The test removes it; if it fails to, the
 // clean-up does.

@@ -95,7 +95,8 @@ const (
 	Start   Verb = "start"   // run Spec
 	Query   Verb = "query"   // answer with Status at once
 	Wait    Verb = "wait"    // answer with Status when the job has ended or moved away
-	Dump    Verb = "dump"    // descriptors: images folder, and the page socket if pages go there; answers when the job is dumped and frozen
+	Dump    Verb = "dump"    // descriptors: images folder, the page socket if pages go there, and a gate; answers when the job is dumped and frozen
+	Quiet   Verb = "quiet"   // shim -> agent, at a gate: may the job, which is frozen, be dumped in this moment? An Error says why not
 	Finish  Verb = "finish"  // decide about a dumped job: Commit kills it, otherwise it runs on
 	Restore Verb = "restore" // descriptor: images folder; answers when the job is there and frozen
 	Resume  Verb = "resume"  // let a restored job run
@@ -117,8 +118,8 @@ type Request struct {
 	Commit bool   `json:",omitempty"`
 	Signal int    `json:",omitempty"`
 	Group  bool   `json:",omitempty"`
-	// ID names a signal, so that it can be sent again when it is not known whether
-	// it arrived: one that was the last to arrive does not come twice. 0 names none.
+	// ID counts a job's signals, so that they can be sent again, in their order, when it is not
+	// known whether they arrived: none comes twice, or after a later one. 0 is not counted.
 	ID     uint64 `json:",omitempty"`
 	Offset uint64 `json:",omitempty"` // of an output stream: the first byte wanted
 	// Measure fills in Status.Use: it costs a look at every process.
@@ -184,6 +185,8 @@ type Use struct {
 	CPUMicros int64
 	// Pinned is why the job cannot be moved as it is now; "" if it can.
 	Pinned string `json:",omitempty"`
+	// Locked is the file lock that it holds now: to be moved it has to let go.
+	Locked string `json:",omitempty"`
 }
 
 // Error is a failure on its way to the other side.

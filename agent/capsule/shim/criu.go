@@ -14,6 +14,7 @@ import (
 
 	"mosimg/agent/criu/swrk"
 	"mosimg/internal/fault"
+	"mosimg/internal/urgent"
 )
 
 // Descriptors of a CRIU worker, beside stdio.
@@ -102,6 +103,9 @@ func (s *shim) runCRIU(ctx context.Context, kind rpc.CriuReqType, opts *rpc.Criu
 		return nil, fault.New(fault.Environment, "start", "criu", err, "is the CRIU bundle complete?")
 	}
 	s.log.Debug("criu", "pid", pid, "request", kind)
+	if err := urgent.RaiseSession(pid); err != nil {
+		s.log.Warn("criu is no more urgent than jobs: they stand still for longer", "why", err)
+	}
 	sock.Close()
 	resp, err := conn.Do(ctx, &rpc.CriuReq{Type: kind.Enum(), Opts: opts}, on)
 	_ = conn.Close()
@@ -117,13 +121,18 @@ func (s *shim) runCRIU(ctx context.Context, kind rpc.CriuReqType, opts *rpc.Criu
 	if errors.Is(err, errAborted) {
 		return nil, err
 	}
-	if why := explain(images, opts.GetLogFile()); why != "" && errors.Is(err, swrk.ErrFailed) {
-		return nil, fmt.Errorf("criu: %s", why)
+	log := readLog(images, opts.GetLogFile())
+	if why := swrk.Explain(log); why != "" && errors.Is(err, swrk.ErrFailed) {
+		err = fmt.Errorf("criu: %s", why)
+		if swrk.Raced(log) {
+			err = fmt.Errorf("%w (%w)", swrk.ErrRace, err)
+		}
 	}
 	return nil, err
 }
 
-func explain(images *os.File, name string) string {
+// readLog is what CRIU has written, as far as it can be read.
+func readLog(images *os.File, name string) string {
 	root, err := openRoot(images)
 	if err != nil {
 		return ""
@@ -133,5 +142,5 @@ func explain(images *os.File, name string) string {
 	if err != nil {
 		return ""
 	}
-	return swrk.Explain(string(data))
+	return string(data)
 }

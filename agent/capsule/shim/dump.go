@@ -4,11 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"net"
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"mosimg/agent/capsule/control"
@@ -23,7 +27,7 @@ var errAborted = errors.New("the move was called off")
 // its pages in the page socket) and the job is frozen. After an error the
 // job runs on as before. The end of ctx before that point aborts; after it
 // only finish decides.
-func (s *shim) dump(ctx context.Context, images, pages *os.File) error {
+func (s *shim) dump(ctx context.Context, images, pages *os.File, gate net.Conn) error {
 	if err := s.change("dump", control.Dumping, control.Running); err != nil {
 		images.Close()
 		return err
@@ -41,7 +45,7 @@ func (s *shim) dump(ctx context.Context, images, pages *os.File) error {
 	go func() {
 		defer images.Close()
 		defer cancel(nil)
-		err := s.dumpTo(dctx, st, images, pages, func() bool {
+		err := s.dumpTo(dctx, st, images, pages, gate, func() bool {
 			if !detach() {
 				return false
 			}
@@ -57,22 +61,18 @@ func (s *shim) dump(ctx context.Context, images, pages *os.File) error {
 		return nil
 	case err := <-done:
 		<-finished
+		if errors.Is(err, swrk.ErrRace) {
+			return fault.New(fault.Unavailable, "dump", "job of capsule "+s.conf.ID, err, "the job runs on; try again")
+		}
 		return fault.New(fault.Refused, "dump", "job of capsule "+s.conf.ID, err, "the job runs on")
 	}
 }
 
 // dumpTo runs CRIU. decide is called with the job dumped and frozen, and says
 // whether it is to be killed.
-func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.File, decide func() bool) error {
+func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.File, gate net.Conn, decide func() bool) error {
 	if err := s.movable(st.Leader); err != nil {
 		return err
-	}
-	if st.Stopped {
-		// CRIU cannot stop what is frozen already. The job runs for the moment
-		// until CRIU has it; it is frozen again when it is there.
-		if err := s.job.Thaw(); err != nil {
-			return err
-		}
 	}
 	opts := s.options(dumpLog)
 	opts.Pid = proto.Int32(int32(st.Leader))
@@ -82,8 +82,20 @@ func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.
 		opts.Ps = &rpc.CriuPageServerInfo{Fd: proto.Int32(criuExtraFD)}
 	}
 	commit := false
+	var seizing sync.WaitGroup
+	defer seizing.Wait()
+	seized, end := context.WithCancel(ctx) // also by CRIU's end
+	defer end()
 	_, err := s.runCRIU(ctx, rpc.CriuReqType_DUMP, opts, images, extra, func(ctx context.Context, n swrk.Notify) error {
-		if n.Stage != swrk.PostDump {
+		switch n.Stage {
+		case swrk.PreDump:
+			if err := s.quiet(ctx, st, gate); err != nil {
+				return err
+			}
+			seizing.Go(func() { s.thawSeized(seized, st.Leader) })
+			return nil
+		case swrk.PostDump:
+		default:
 			return nil
 		}
 		if err := s.seal(ctx, st, images); err != nil {
@@ -116,7 +128,7 @@ func (s *shim) seal(ctx context.Context, st control.Status, images *os.File) err
 	if err != nil {
 		return err
 	}
-	if err := locked(pids); err != nil { // taken since movable
+	if err := locked(pids); err != nil { // taken since quiet, which cannot be
 		return err
 	}
 	im := image{Leader: st.Leader, Program: st.Program, Pids: pids, Pipes: s.pipes, CPUMicros: s.cpuMicros()}
@@ -200,23 +212,36 @@ func (s *shim) movable(leader int) error {
 	return pinned(pids, uids[0])
 }
 
+// looks is how often a tree that changes meanwhile is looked at.
+const looks = 20
+
 // inTree returns the processes of the job, all of which must be the leader's
-// descendants: CRIU would leave others behind without an error.
-func (s *shim) inTree(leader int) ([]int, error) {
-	pids, err := s.job.Procs()
-	if err != nil {
-		return nil, err
-	}
-	parents := make(map[int]int)
-	for _, pid := range pids {
-		if parents[pid], err = parentOf(pid); err != nil {
+// descendants: CRIU would leave others behind without an error. In a job that runs, one may
+// end between the list and the look at it, and leave children that seem to be strays.
+func (s *shim) inTree(leader int) (pids []int, err error) {
+	for range looks {
+		if pids, err = s.job.Procs(); err != nil {
 			return nil, err
 		}
+		parents := make(map[int]int)
+		for _, pid := range pids {
+			if parents[pid], err = parentOf(pid); err != nil {
+				break
+			}
+		}
+		switch {
+		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH):
+			continue
+		case err != nil:
+			return nil, err
+		}
+		stray := strayIn(parents, leader)
+		if stray < 0 {
+			return pids, nil
+		}
+		err = fmt.Errorf("process %d (%s) is in the job's group, but not in its tree", stray, nameOf(stray))
 	}
-	if stray := strayIn(parents, leader); stray >= 0 {
-		return nil, fmt.Errorf("process %d (%s) is in the job's group, but not in its tree", stray, nameOf(stray))
-	}
-	return pids, nil
+	return nil, err
 }
 
 // threadsOf lists the threads of processes, themselves among them.

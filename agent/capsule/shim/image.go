@@ -37,8 +37,8 @@ type image struct {
 	Streams streamState
 	// CPUMicros is how long its processes have run, on all nodes so far.
 	CPUMicros int64
-	// LastSignal is the ID of the last signal that it was sent.
-	LastSignal uint64 `json:",omitempty"`
+	// LastSignal is the highest ID of a signal that it was sent.
+	LastSignal uint64 `json:"SignalsTo,omitempty"`
 	// LeaderImage is the program of the leader that the job was started with.
 	LeaderImage []byte
 }

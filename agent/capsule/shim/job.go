@@ -46,7 +46,7 @@ type shim struct {
 	status control.Status
 	// ended is how the leader ended, once it has. settle decides what that means.
 	ended *syscall.WaitStatus
-	// lastSignal is the ID of the last signal that the job was sent, here or before.
+	// lastSignal is the highest ID of a signal that the job was sent, here or before.
 	lastSignal uint64
 	// verdict takes the decision about a dumped job; finished closes when it
 	// is carried out. Both are there in state Dumped only.
@@ -217,8 +217,8 @@ func (s *shim) signal(req control.Request) error {
 	if st.State != control.Running {
 		return fault.New(fault.Refused, "signal", "capsule "+s.conf.ID, "it is "+string(st.State), "try again in a moment")
 	}
-	if req.ID != 0 && req.ID == s.lastSignal {
-		return nil
+	if req.ID != 0 && req.ID <= s.lastSignal {
+		return nil // it came before, and its sender did not hear that
 	}
 	sig, target := syscall.Signal(req.Signal), st.Program
 	if req.Group && sig != unix.SIGKILL && sig != unix.SIGSTOP {
@@ -229,7 +229,7 @@ func (s *shim) signal(req control.Request) error {
 		return fault.New(fault.NotFound, "signal", "program of capsule "+s.conf.ID, fmt.Errorf("it has ended: %w", err), "")
 	}
 	if err == nil {
-		s.lastSignal = req.ID
+		s.lastSignal = max(s.lastSignal, req.ID)
 	}
 	return err
 }
@@ -322,7 +322,11 @@ func (s *shim) launch(spec *control.Spec, p *pipes) (launched, error) {
 		if errors.Is(err, unix.ENOENT) {
 			kind = fault.NotFound
 		}
-		return l, fault.New(kind, "run", spec.Argv[0], err, "")
+		hint := ""
+		if !errors.Is(err, leader.ErrExec) {
+			hint = "are its resource limits (ulimit -a) large enough to start a program?"
+		}
+		return l, fault.New(kind, "run", spec.Argv[0], err, hint)
 	}
 	return launched{pid: pid, program: program, ended: ended}, nil
 }

@@ -18,6 +18,7 @@ import (
 	"mosimg/agent/capsule/leader"
 	"mosimg/agent/capsule/seccomp"
 	"mosimg/internal/fault"
+	"mosimg/internal/urgent"
 )
 
 // Descriptors of the launching process, beside stdio.
@@ -68,10 +69,12 @@ func launch() error {
 	if err := unix.Setpriority(unix.PRIO_PROCESS, 0, spec.Nice); err != nil {
 		return fmt.Errorf("set niceness %d: %w", spec.Nice, err)
 	}
-	for _, l := range spec.Limits {
-		if err := unix.Prlimit(0, l.Resource, &unix.Rlimit{Cur: l.Cur, Max: l.Max}, nil); err != nil {
-			return fmt.Errorf("set resource limit %d: %w", l.Resource, err)
-		}
+	// Refused where the shim's was not changed either.
+	if err := urgent.SetOOM(urgent.Ordinary); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	if err := makeRoom(spec.Limits); err != nil {
+		return err
 	}
 	if err := seccomp.Install(); err != nil {
 		return err
@@ -102,8 +105,53 @@ func launch() error {
 		return err
 	}
 	setSignals(spec.Ignored)
-	argv := append([]string{"mosimg-leader", path}, spec.Argv...)
-	return &os.PathError{Op: "exec", Path: "leader", Err: unix.Exec(leaderPath(leader.Image()), argv, spec.Env)}
+	return become(leaderPath(leader.Image()), append([]string{"mosimg-leader", path}, spec.Argv...), spec.Env, spec.Limits)
+}
+
+// makeRoom raises this process's hard limits to where those of the job are, which
+// the job's user may not do.
+func makeRoom(limits []control.Limit) error {
+	for _, l := range limits {
+		var own unix.Rlimit
+		err := unix.Prlimit(0, l.Resource, nil, &own)
+		if err == nil && own.Max < l.Max {
+			own.Max = l.Max
+			err = unix.Prlimit(0, l.Resource, &own, nil)
+		}
+		if err != nil {
+			return fmt.Errorf("raise resource limit %d: %w", l.Resource, err)
+		}
+	}
+	return nil
+}
+
+// become sets the job's limits and executes the leader. The limits are the program's and
+// not ours: with an address space, a data segment or files as small as some are
+// meant to be the Go runtime dies. So from the first limit on nothing is allocated.
+func become(file string, argv, env []string, limits []control.Limit) error {
+	name, err := unix.BytePtrFromString(file)
+	if err != nil {
+		return err
+	}
+	args, err := syscall.SlicePtrFromStrings(argv)
+	if err != nil {
+		return fault.New(fault.Usage, "run", argv[len(argv)-1], err, "an argument has a zero byte")
+	}
+	vars, err := syscall.SlicePtrFromStrings(env)
+	if err != nil {
+		return fault.New(fault.Usage, "run", file, err, "a variable of the environment has a zero byte")
+	}
+	set := make([]unix.Rlimit, len(limits))
+	for i, l := range limits {
+		set[i] = unix.Rlimit{Cur: l.Cur, Max: l.Max}
+	}
+	for i := range limits {
+		if _, _, errno := unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, uintptr(limits[i].Resource), uintptr(unsafe.Pointer(&set[i])), 0, 0, 0); errno != 0 {
+			return fmt.Errorf("set resource limit %d: %w", limits[i].Resource, errno)
+		}
+	}
+	_, _, errno := unix.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(&args[0])), uintptr(unsafe.Pointer(&vars[0])))
+	return &os.PathError{Op: "exec", Path: "leader", Err: errno}
 }
 
 func dropBounding() error {

@@ -25,6 +25,9 @@ func (s *shim) measure(st control.Status) *control.Use {
 		if err := s.movable(st.Leader); err != nil {
 			use.Pinned = err.Error()
 		}
+		if err := locked(pids); err != nil {
+			use.Locked = err.Error()
+		}
 	}
 	return use
 }

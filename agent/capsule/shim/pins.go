@@ -21,9 +21,6 @@ func pinned(pids []int, owner int) error {
 	if err := foreignUser(pids, owner); err != nil {
 		return err
 	}
-	if err := locked(pids); err != nil {
-		return err
-	}
 	return pinnedBySocket(pids)
 }
 

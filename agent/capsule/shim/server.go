@@ -107,12 +107,20 @@ func (s *shim) do(c *net.UnixConn, req control.Request, files []*os.File) error 
 	case control.Wait:
 		return s.awaitEnd(c)
 	case control.Dump:
-		if len(files) < 1 || len(files) > 2 {
-			return fault.New(fault.Usage, "dump", "capsule "+s.conf.ID, "needs the images folder, and at most a page socket", "")
+		if len(files) < 1 || len(files) > 3 {
+			return fault.New(fault.Usage, "dump", "capsule "+s.conf.ID, "needs the images folder, and at most a page socket and a gate", "")
 		}
 		var pages *os.File
-		if len(files) == 2 {
+		if len(files) > 1 {
 			pages = files[1]
+		}
+		var gate net.Conn
+		if len(files) > 2 {
+			var err error
+			if gate, err = net.FileConn(files[2]); err != nil {
+				return err
+			}
+			defer gate.Close()
 		}
 		release := cancelOnHangup(c, cancel)
 		defer release()
@@ -121,7 +129,7 @@ func (s *shim) do(c *net.UnixConn, req control.Request, files []*os.File) error 
 		if err != nil {
 			return err
 		}
-		return s.dump(ctx, images, pages)
+		return s.dump(ctx, images, pages, gate)
 	case control.Finish:
 		return s.finish(req.Commit)
 	case control.Restore:

@@ -31,6 +31,7 @@ import (
 
 	"mosimg/agent/capsule/cgroup"
 	"mosimg/agent/capsule/control"
+	"mosimg/internal/urgent"
 )
 
 // Verb is the first argument that makes a program a shim: see Dispatch.
@@ -101,6 +102,9 @@ func setUp(log *slog.Logger) (*shim, error) {
 	// handlers for all. Not Ignore, which the job would inherit.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGPIPE, unix.SIGUSR1, unix.SIGUSR2)
 
+	if err := urgent.Raise(); err != nil {
+		log.Warn("the shim is no more urgent than its job", "why", err)
+	}
 	// What an agent was started with and did not mean for us: no job may have it.
 	if err := unix.CloseRange(ReadyFD+1, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return nil, err

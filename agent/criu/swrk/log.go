@@ -1,6 +1,8 @@
 package swrk
 
 import (
+	"errors"
+	"slices"
 	"strings"
 )
 
@@ -25,6 +27,8 @@ var reasons = []struct{ part, words string }{
 // symptoms are lines that follow from another error and explain nothing.
 var symptoms = []string{
 	"exited, status=", "killed by signal", "Dumping FAILED", "Restoring FAILED", "Dump files", "Dump mappings", "Pre-dumping FAILED",
+	// What is said on the way out of a task that could not be stopped.
+	"Unable to detach from",
 	// Tried at every start, and harmless where it is missing.
 	"Unable to create tun", "Can't setup RLIMIT_NOFILE for self",
 }
@@ -57,6 +61,38 @@ func Explain(log string) string {
 		}
 	}
 	return first
+}
+
+// ErrRace is a dump that failed because a task of the tree came to its end while
+// CRIU was stopping it: the same dump is likely to succeed a moment later.
+var ErrRace = errors.New("a process ended while it was being stopped")
+
+// races are the lines of compel_stop_task and compel_wait_task (CRIU 4.1,
+// compel/src/lib/infect.c) and of collect_task (criu/seize.c) about a task that has gone, or has
+// become another one, between being found and being stopped. Before these nothing was done to the
+// tree. Not among them is "Timeout reached": what took ten seconds will again.
+var races = []string{
+	"Unable to detach from", "Unseizable non-zombie", "Task pid reused while suspending", "task not stopped after seize", "zombie found while seizing",
+}
+
+// Raced tells whether a log of CRIU's is that of a dump to which ErrRace happened:
+// all of its errors are of that kind, or follow from it.
+func Raced(log string) bool {
+	raced := false
+	for line := range strings.Lines(log) {
+		text, ok := errorText(line)
+		if !ok {
+			continue
+		}
+		is := func(part string) bool { return strings.Contains(text, part) }
+		switch {
+		case slices.ContainsFunc(races, is):
+			raced = true
+		case !slices.ContainsFunc(symptoms, is):
+			return false
+		}
+	}
+	return raced
 }
 
 // errorText is what an error line says, without its time stamp, pid and place:

@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"time"
@@ -20,6 +21,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"mosimg/internal/fault"
 )
 
 // Args are the arguments with which CRIU is run as a worker on descriptor fd.
@@ -58,6 +61,7 @@ func (c *Conn) Close() error { return c.c.Close() }
 type Stage string
 
 const (
+	PreDump         Stage = "pre-dump"         // nothing is stopped yet
 	PostDump        Stage = "post-dump"        // all is written, the tree is stopped and about to be killed
 	SetupNamespaces Stage = "setup-namespaces" // the root task is there, and has no child yet
 	PostRestore     Stage = "post-restore"
@@ -96,7 +100,7 @@ func (c *Conn) Do(ctx context.Context, req *rpc.CriuReq, on func(context.Context
 	for {
 		resp, err := c.receive()
 		if err != nil {
-			return nil, errors.Join(refused, cause(ctx, fmt.Errorf("no answer to %s: %w", req.GetType(), err)))
+			return nil, errors.Join(refused, cause(ctx, fmt.Errorf("%s: %w", req.GetType(), fault.HungUp("criu", err))))
 		}
 		if resp.GetType() == rpc.CriuReqType_NOTIFY {
 			err := on(ctx, Notify{Stage: Stage(resp.GetNotify().GetScript()), Pid: int(resp.GetNotify().GetPid())})
@@ -161,7 +165,7 @@ func (c *Conn) receive() (*rpc.CriuResp, error) {
 		return nil, errors.New("message too long")
 	}
 	if n == 0 {
-		return nil, errors.New("criu hung up")
+		return nil, io.EOF
 	}
 	resp := new(rpc.CriuResp)
 	if err := proto.Unmarshal(buf[:n], resp); err != nil {

@@ -146,7 +146,24 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// Only what will be otherwise the next time is worth a second dump.
+func TestRaced(t *testing.T) {
+	for name, tt := range map[string]struct {
+		log  string
+		want bool
+	}{
+		"no error":          {"(00.1) Warn  (criu/x.c:1): y\n", false},
+		"a task that ended": {"(00.1) Error (compel/src/lib/infect.c:68): Unable to detach from 7: No such process\n(00.2) Error (criu/cr-dump.c:2): Dumping FAILED.\n", true},
+		"a task that hangs": {"(10.0) Error (criu/cr-dump.c:1447): Timeout reached. Try to interrupt: 0\n(10.1) Error (compel/src/lib/infect.c:363): Unable to detach from 7: No such process\n", false},
+		"a file":            {"(00.1) Error (criu/files.c:12): file of unknown kind\n(00.2) Error (criu/seize.c:275): zombie found while seizing\n", false},
+	} {
+		if got := Raced(tt.log); got != tt.want {
+			t.Errorf("%s: Raced = %v; want %v", name, got, tt.want)
+		}
+	}
+}
+
 func FuzzExplain(f *testing.F) {
 	f.Add("(00.1) Error (criu/x.c:1): y\n")
-	f.Fuzz(func(_ *testing.T, log string) { Explain(log) })
+	f.Fuzz(func(_ *testing.T, log string) { Explain(log); Raced(log) })
 }

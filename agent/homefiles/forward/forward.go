@@ -108,6 +108,7 @@ type forwarder struct {
 	lost    map[uint64]int32       // errors of early writes, by node id, for the next FSYNC
 	writers map[uint64]uint64      // files open for writing: handle to node id
 	syncers map[uint32]int         // threads that sync them
+	made    map[uint64]time.Time   // files that were made here, by node id: when
 	strays  map[uint64]wire.Opcode // abandoned requests whose reply is still to come
 	own     uint64                 // counts the requests that are our own
 	over    bool                   // nothing is forwarded any more
@@ -120,6 +121,7 @@ type waiting struct {
 	wire.InHeader
 	pages  bool // a write of dirty pages
 	writer bool // an open for writing
+	makes  bool // a creation of what must not be there before
 }
 
 type heldBack struct {
@@ -142,7 +144,7 @@ func Run(ctx context.Context, cfg Config) error {
 		cfg: cfg, log: cfg.Log, dev: cfg.Device, notes: newQueue(),
 		waiting: make(map[uint64]*waiting), lockers: make(map[locker]bool), movedIn: make(map[uint32]bool),
 		early: make(map[uint64]uint64), lost: make(map[uint64]int32),
-		writers: make(map[uint64]uint64), syncers: make(map[uint32]int), strays: make(map[uint64]wire.Opcode),
+		writers: make(map[uint64]uint64), syncers: make(map[uint32]int), made: make(map[uint64]time.Time), strays: make(map[uint64]wire.Opcode),
 	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)

@@ -1,11 +1,16 @@
 package forward
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"os"
 	"testing"
+	"time"
 
+	"golang.org/x/sys/unix"
+
+	"mosimg/agent/homefiles/wire"
 	"mosimg/internal/fault"
 )
 
@@ -68,5 +73,42 @@ func TestRunRefusesBadConfig(t *testing.T) {
 		if err := Run(context.Background(), cfg); fault.KindOf(err) != fault.Usage {
 			t.Errorf("Run(%+v) = %v; want a fault of kind Usage", cfg, err)
 		}
+	}
+}
+
+// The answer that a file has no capabilities may be given only of a file that was made
+// here, just now, and that nobody can have given any since.
+func TestCapabilitiesOfAFileJustMade(t *testing.T) {
+	const node = 7
+	request := func(in []byte, name string) []byte { return append(bytes.Clone(in), name...) }
+	ask := request(wire.Bytes(&wire.GetxattrIn{}), "security.capability\x00")
+	made := func() *forwarder {
+		f := &forwarder{made: make(map[uint64]time.Time)}
+		f.noteMade(wire.Bytes(&wire.EntryOut{NodeID: node}))
+		return f
+	}
+	is := func(what string, f *forwarder, node uint64, body []byte, want bool) {
+		t.Helper()
+		if got := f.hasNoCaps(wire.InHeader{Opcode: wire.OpGetxattr, NodeID: node}, body); got != want {
+			t.Errorf("%s: answered here: %v; want %v", what, got, want)
+		}
+	}
+	is("just made", made(), node, ask, true)
+	is("another file", made(), node+1, ask, false)
+	is("another attribute", made(), node, request(wire.Bytes(&wire.GetxattrIn{}), "security.selinux\x00"), false)
+	is("a program that reads it", made(), node, request(wire.Bytes(&wire.GetxattrIn{Size: 20}), "security.capability\x00"), false)
+	is("cut short", made(), node, ask[:4], false)
+	for name, op := range map[string]wire.Opcode{"an attribute was set": wire.OpSetxattr, "it was closed": wire.OpRelease} {
+		f := made()
+		f.hasNoCaps(wire.InHeader{Opcode: op, NodeID: node}, nil)
+		is(name, f, node, ask, false)
+	}
+	old := made()
+	old.made[node] = time.Now().Add(-madeTime)
+	is("made a while ago", old, node, ask, false)
+
+	create := func(flags uint32) []byte { return wire.Bytes(&wire.CreateIn{Flags: flags}) }
+	if !makes(wire.OpCreate, create(unix.O_EXCL|unix.O_WRONLY)) || makes(wire.OpCreate, create(unix.O_WRONLY)) || makes(wire.OpOpen, create(unix.O_EXCL)) {
+		t.Error("makes: want only a creation that fails if the file is there")
 	}
 }

@@ -21,6 +21,11 @@ func (f *forwarder) fromKernel(msg []byte, buf *link.Buf) {
 		buf.Free()
 		return
 	}
+	if f.hasNoCaps(h, body) {
+		f.writeKernel(wire.Reply(h.Unique, int32(unix.ENODATA)))
+		buf.Free()
+		return
+	}
 	switch h.Opcode {
 	case wire.OpDestroy:
 		f.writeKernel(wire.Reply(h.Unique, 0))
@@ -31,6 +36,12 @@ func (f *forwarder) fromKernel(msg []byte, buf *link.Buf) {
 		// again. It must not wait for the home: a Go program that is killed
 		// in it, while it holds this very device, could not be ended.
 		f.writeKernel(wire.Reply(h.Unique, int32(unix.ENOSYS)))
+		buf.Free()
+		return
+	case wire.OpIoctl:
+		// What a file system says that has none. Python asks of each file that it
+		// opens whether it is a terminal: a round trip for each module.
+		f.writeKernel(wire.Reply(h.Unique, int32(unix.ENOTTY)))
 		buf.Free()
 		return
 	case wire.OpInit:
@@ -56,7 +67,7 @@ func (f *forwarder) fromKernel(msg []byte, buf *link.Buf) {
 		return
 	}
 	if hasReply(h.Opcode) {
-		w := &waiting{InHeader: h, writer: forWriting(h.Opcode, body)}
+		w := &waiting{InHeader: h, writer: forWriting(h.Opcode, body), makes: makes(h.Opcode, body)}
 		if in, _, ok := wire.As[wire.WriteIn](body); ok && h.Opcode == wire.OpWrite {
 			w.pages = in.WriteFlags&wire.WriteCache != 0
 		}
@@ -175,6 +186,9 @@ func (f *forwarder) reply(fh wire.Header, buf *link.Buf) {
 			buf.Free()
 			return
 		}
+	}
+	if w.makes && h.Error == 0 {
+		f.noteMade(body)
 	}
 	if w.writer && h.Error == 0 {
 		f.noteWriter(w.InHeader, body)

@@ -356,6 +356,35 @@ func TestKillInACutLeavesNoProcess(t *testing.T) {
 	}
 }
 
+// Whether a file is a terminal needs no home to answer: Python asks it of each file,
+// and must neither pay a round trip for it nor wait for a link.
+func TestNoFileIsATerminal(t *testing.T) {
+	p := newPair(t, options{})
+	cmd := exec.CommandContext(deadline(t, 10*time.Second), "sh", "-c", in(p.mnt, "echo x >f; exec 3<f; echo ready; read go; test -t 3; echo $?"))
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewReader(stdout)
+	if line, err := lines.ReadString('\n'); line != "ready\n" {
+		t.Fatalf("the program says %q: %v", line, err)
+	}
+	p.setCut(true)
+	io.WriteString(stdin, "go\n")
+	if line, err := lines.ReadString('\n'); line != "1\n" {
+		t.Errorf("in a cut, test -t says %q: %v; want 1", line, err)
+	}
+	p.setCut(false)
+	cmd.Wait()
+}
+
 func TestLeaseEndsTheMount(t *testing.T) {
 	p := newPair(t, options{lease: 2 * time.Second})
 	p.setCut(true)

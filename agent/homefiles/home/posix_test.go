@@ -471,6 +471,26 @@ var posixCases = []posixCase{
 		unix.Read(p, b)
 		say("fifo: %q", b)
 	}},
+	{"capabilities of a new file", func(say say) {
+		fd := open("f", unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY, 0o755)
+		unix.Write(fd, []byte("one"))
+		caps := make([]byte, 20) // VFS_CAP_REVISION_2: no more than CAP_NET_BIND_SERVICE
+		caps[3], caps[5] = 2, 4
+		say("set: %v", unix.Setxattr("f", "security.capability", caps, 0))
+		n, err := unix.Getxattr("f", "security.capability", nil)
+		say("size: %d %v", n, err)
+		unix.Write(fd, []byte("two"))
+		n, err = unix.Getxattr("f", "security.capability", nil)
+		say("after a write: %d %v", n, err)
+	}},
+	{"no terminal", func(say say) {
+		write("f", "x", 0o666)
+		fd := open("f", unix.O_RDONLY, 0)
+		_, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+		say("isatty: %v", err)
+		_, err = unix.IoctlGetTermios(open(".", unix.O_RDONLY, 0), unix.TCGETS)
+		say("isatty of a directory: %v", err)
+	}},
 	{"statfs and pathconf", func(say say) {
 		var st unix.Statfs_t
 		say("statfs: %v %d %d", unix.Statfs(".", &st), st.Bsize, st.Namelen)

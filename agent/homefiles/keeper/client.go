@@ -68,8 +68,8 @@ func (c *Client) dial(ctx context.Context, first request, start bool) (net.Conn,
 	return rootsock.Dial(ctx, c.conf.Socket, first)
 }
 
-// ask asks the keeper. Without one, nothing is served, and there is nothing to
-// change: only Prepare starts one.
+// ask asks the keeper. Only Prepare starts one; without it nothing is served,
+// and there is nothing to change.
 func (c *Client) ask(ctx context.Context, r request) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
@@ -83,13 +83,15 @@ func (c *Client) ask(ctx context.Context, r request) ([]string, error) {
 		a, err = c.askOnce(ctx, r)
 	}
 	switch {
+	case errors.Is(err, rootsock.ErrNobody) && r.Op.needsJob():
+		return nil, lost(r)
 	case errors.Is(err, rootsock.ErrNobody) && r.Op != opPrepare:
 		return nil, nil
 	case err == nil && a.Ending:
 		err = errors.New("it ends")
 	}
 	if err != nil {
-		return nil, fault.New(fault.Unavailable, string(r.Op), "home files of job "+r.Job, err, "")
+		return nil, fault.New(fault.Unavailable, string(r.Op), "home files of job "+r.Job, fault.HungUp("the process that serves them", err), "")
 	}
 	return a.Locks, a.Error.Err()
 }

@@ -27,6 +27,7 @@ import (
 	"mosimg/agent/homefiles/rootsock"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
+	"mosimg/internal/urgent"
 )
 
 // Verb is the first argument that makes a program which calls Main the keeper;
@@ -46,6 +47,15 @@ const (
 	opAbort   op = "abort"
 	opRemove  op = "remove"
 )
+
+// needsJob tells whether an operation can only be carried out by the keeper that
+// was told of the job: to call it done would leave a guest without its files.
+func (o op) needsJob() bool { return o == opSync || o == opCommit }
+
+// lost is what is said of a job that this keeper, or none, knows.
+func lost(r request) error {
+	return fault.New(fault.NotFound, string(r.Op), "home files of job "+r.Job, "the process that served them has died", "")
+}
 
 // request is the first line of a connection.
 type request struct {
@@ -81,6 +91,9 @@ const (
 // when it has had no job for a while.
 func Main(ctx context.Context, socket string, log *slog.Logger) error {
 	raiseNofile(log)
+	if err := urgent.Raise(); err != nil {
+		log.Warn("home files are no more urgent than jobs", "why", err)
+	}
 	unlock, err := lock(socket + ".lock")
 	var l net.Listener
 	if err == nil {
@@ -203,6 +216,9 @@ func (s *server) do(ctx context.Context, r request) (a reply, err error) {
 			return a, err
 		}
 	} else if !s.knows(r.Job) {
+		if r.Op.needsJob() {
+			return a, lost(r)
+		}
 		return a, nil // its guests have nothing here
 	}
 	switch r.Op {

@@ -103,8 +103,31 @@ func TestWhoIsServed(t *testing.T) {
 	want(3, 4, wire.KindRefused) // it never ran
 	must(c.Remove(ctx, job))
 	want(2, 2, wire.KindRefused)
-	if err := c.Commit(ctx, "unknown", at(2, 2), nil); err != nil {
-		t.Errorf("commit of a job that has no guests: %v; want nothing", err)
+	if err := c.Abort(ctx, "unknown", at(2, 2)); err != nil {
+		t.Errorf("abort of a job that has no guests: %v; want nothing", err)
+	}
+}
+
+// A keeper that has died since Prepare has taken the guest's open files with it.
+// A move that is told "done" nevertheless ends with a job that has no files.
+func TestDeadKeeperIsNoSuccess(t *testing.T) {
+	c, ctx := newClient(t), t.Context()
+	next := migrate.Placement{Node: 2, Epoch: 2}
+	want := func(what string) {
+		t.Helper()
+		for name, err := range map[string]error{"sync": c.Sync(ctx, "j"), "commit": c.Commit(ctx, "j", next, nil)} {
+			if err == nil || fault.KindOf(err) != fault.NotFound {
+				t.Errorf("%s with %s: %v; want that the files are lost", name, what, err)
+			}
+		}
+	}
+	want("no keeper")
+	if err := c.Prepare(ctx, "other", migrate.Placement{Node: 1, Epoch: 1}, next); err != nil {
+		t.Fatal(err)
+	}
+	want("a keeper that was started later")
+	if err := c.Remove(ctx, "other"); err != nil { // it ends without a job
+		t.Fatal(err)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"mosimg/agent/homefiles/process"
 	"mosimg/agent/homefiles/rootsock"
 	"mosimg/internal/api"
+	"mosimg/internal/urgent"
 )
 
 // Verb is the first argument that makes a program which calls Main the process
@@ -29,6 +30,9 @@ type forwardConfig struct {
 
 // Main is the process of one mount.
 func Main(ctx context.Context, config string, log *slog.Logger) error {
+	if err := urgent.Raise(); err != nil {
+		log.Warn("a job's files are no more urgent than the job", "why", err)
+	}
 	var conf forwardConfig
 	err := json.Unmarshal([]byte(config), &conf)
 	m := mount(conf.Dir)

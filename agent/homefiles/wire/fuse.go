@@ -59,6 +59,7 @@ const (
 	OpCreate        Opcode = 35
 	OpInterrupt     Opcode = 36
 	OpDestroy       Opcode = 38
+	OpIoctl         Opcode = 39
 	OpPoll          Opcode = 40
 	OpBatchForget   Opcode = 42
 	OpFallocate     Opcode = 43

@@ -3,7 +3,6 @@ package client
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -65,15 +64,21 @@ type Session struct {
 	wake           chan struct{} // one token: there is something to send
 
 	mu       sync.Mutex // guards the following
-	orders   []order    // in the order given; one is dropped once it is sent
+	orders   []order    // in the order given; one is dropped once it is heard
+	ordered  uint64     // ID of the last one
+	sent     uint64     // ID of the last one that was sent by this connection
+	over     bool       // done is to be sent
 	finished bool       // done was sent
 	stopped  chan struct{}
 }
 
-// order is a message without a stream: a signal, stop, cont or done.
+// order is a signal, stop or cont. It is kept until the agent has said that it
+// was heard, and is sent again to the next agent, which may have not.
 type order struct {
-	kind wire.Kind
-	body string
+	id     uint64
+	kind   wire.Kind
+	signal wire.Signal // without its ID
+	sent   bool        // once at least: it may have been heard
 }
 
 // New makes a session with a job that was started.
@@ -103,11 +108,7 @@ func (s *Session) poke() {
 // Signal sends a signal to the job's program, or to its process group. As with the
 // kernel's, one that is still on its way is not sent twice.
 func (s *Session) Signal(number int, group bool) {
-	body, err := json.Marshal(wire.Signal{Number: number, Group: group})
-	if err != nil {
-		return // two scalars always can
-	}
-	s.order(order{wire.KindSignal, string(body)})
+	s.order(order{kind: wire.KindSignal, signal: wire.Signal{Number: number, Group: group}})
 }
 
 // Stop freezes the job and waits until it stands still or ctx ends.
@@ -129,18 +130,27 @@ func (s *Session) Stop(ctx context.Context) error {
 func (s *Session) Cont() {
 	s.mu.Lock()
 	// A stop that was not sent yet is no longer wanted.
-	s.orders = slices.DeleteFunc(s.orders, func(o order) bool { return o.kind == wire.KindStop })
+	s.orders = slices.DeleteFunc(s.orders, func(o order) bool { return o.kind == wire.KindStop && !o.sent })
 	s.mu.Unlock()
 	s.order(order{kind: wire.KindCont})
 }
 
 func (s *Session) order(o order) {
 	s.mu.Lock()
-	if !slices.Contains(s.orders, o) {
+	if !slices.ContainsFunc(s.orders, func(old order) bool { return !old.sent && old.kind == o.kind && old.signal == o.signal }) {
+		s.ordered++
+		o.id = s.ordered
 		s.orders = append(s.orders, o)
 	}
 	s.mu.Unlock()
 	s.poke()
+}
+
+// heard drops the orders that need not be sent again.
+func (s *Session) heard(id uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.orders = slices.DeleteFunc(s.orders, func(o order) bool { return o.id <= id })
 }
 
 // errEnded says that the job's end arrived and was taken.
@@ -237,6 +247,9 @@ func (s *Session) attach(ctx context.Context, end **wire.End, away *awayNote) (h
 		return false, err
 	}
 	away.stop()
+	s.mu.Lock()
+	s.sent = 0 // what was not heard is sent again
+	s.mu.Unlock()
 
 	// The sender has the connection to itself, so that a message is never
 	// within another, and so that one that is waiting for a full socket does not
@@ -254,7 +267,10 @@ func (s *Session) attach(ctx context.Context, end **wire.End, away *awayNote) (h
 		// the connection fares.
 		_, _ = s.stdout.drain(), s.stderr.drain()
 		conn.SetWriteDeadline(time.Now().Add(farewell))
-		s.order(order{kind: wire.KindDone})
+		s.mu.Lock()
+		s.over = true
+		s.mu.Unlock()
+		s.poke()
 	} else {
 		close(gone)
 		conn.Close()
@@ -296,22 +312,29 @@ func (s *Session) send(conn net.Conn, gone <-chan struct{}) error {
 // waits for them, then acknowledgements, because the job may, then stdin.
 func (s *Session) sendNext(w io.Writer) (sent bool, err error) {
 	s.mu.Lock()
-	var o order
-	if len(s.orders) > 0 {
-		o = s.orders[0]
-	}
-	s.mu.Unlock()
-	if o.kind != 0 {
-		if err := wire.Write(w, o.kind, []byte(o.body)); err != nil {
-			return false, err // it stays for the next connection
+	if s.over {
+		s.mu.Unlock()
+		if err := wire.Write(w, wire.KindDone, nil); err != nil {
+			return false, err
 		}
 		s.mu.Lock()
-		if i := slices.Index(s.orders, o); i >= 0 {
-			s.orders = slices.Delete(s.orders, i, i+1)
-		}
-		s.finished = o.kind == wire.KindDone
+		s.finished = true
 		s.mu.Unlock()
 		return true, nil
+	}
+	var o order
+	if i := slices.IndexFunc(s.orders, func(o order) bool { return o.id > s.sent }); i >= 0 {
+		s.orders[i].sent = true // before it is: what fails may have arrived
+		o = s.orders[i]
+		s.sent = o.id
+	}
+	s.mu.Unlock()
+	if o.id != 0 {
+		o.signal.ID = o.id
+		if o.kind == wire.KindSignal {
+			return true, wire.WriteJSON(w, o.kind, o.signal)
+		}
+		return true, wire.WriteJSON(w, o.kind, o.signal.Order)
 	}
 	for _, out := range []*output{s.stdout, s.stderr} {
 		if offset, due := out.ack(); due {
@@ -352,6 +375,11 @@ func (s *Session) receive(r io.Reader, end **wire.End) error {
 			select {
 			case s.stopped <- struct{}{}:
 			default:
+			}
+		case wire.KindHeard:
+			var id uint64
+			if id, err = m.Offset(); err == nil {
+				s.heard(id)
 			}
 		case wire.KindNote:
 			s.cfg.Note(string(m.Body))

@@ -11,14 +11,16 @@
 //	  stdin   u64 offset of the first byte, bytes; without bytes it is the end of stdin
 //	  ack     u8 stream, u64: all bytes before this offset were written out; Closed: nobody reads it any more
 //	  signal  JSON Signal
-//	  stop    freeze the job (mosrun got SIGTSTP); answered by stopped
-//	  cont    let it run on
+//	  stop    JSON Order: freeze the job (mosrun got SIGTSTP); answered by stopped
+//	  cont    JSON Order: let it run on
 //	  done    the end was taken: the agent forgets the job
 //	agent -> mosrun
 //	  stdout, stderr  u64 offset of the first byte, bytes; without bytes it is the end of the stream
 //	  stdin-taken     u64: all bytes before this offset are with the job; the first message, and whenever it grows.
 //	                  What lies after it must be sent again after attaching anew.
 //	  stopped
+//	  heard           u64: the orders (signal, stop, cont) up to this ID have reached the job, or never will.
+//	                  Those after it are to be sent again after attaching anew; none reaches the job twice.
 //	  note            text for mosrun's stderr
 //	  ended           JSON End: after the end of both streams
 //
@@ -50,6 +52,7 @@ const (
 	KindStopped    Kind = 19
 	KindNote       Kind = 20
 	KindEnded      Kind = 21
+	KindHeard      Kind = 22
 )
 
 // MaxData is the most bytes of a stream that one message carries; MaxBody
@@ -79,9 +82,16 @@ type Hello struct {
 	Stdin uint64 `json:"stdin"`
 }
 
+// Order is what a mosrun tells its job to do. IDs are counted from 1, and orders
+// are sent in their order; 0 is that of a mosrun which does not wait for heard.
+type Order struct {
+	ID uint64 `json:"id,omitempty"`
+}
+
 // Signal is sent to the job's program, or to its process group as a terminal
 // does for its keys.
 type Signal struct {
+	Order
 	Number int  `json:"number"`
 	Group  bool `json:"group,omitempty"`
 }
@@ -92,6 +102,14 @@ type End struct {
 	Signal int    `json:"signal,omitempty"`
 	Core   bool   `json:"core,omitempty"`
 	Lost   string `json:"lost,omitempty"` // or why it was lost
+}
+
+// Order decodes a stop or cont; the body is empty in one without an ID.
+func (m Message) Order() (o Order, err error) {
+	if len(m.Body) > 0 {
+		err = m.JSON(&o)
+	}
+	return o, err
 }
 
 // Message is one message.

@@ -162,6 +162,10 @@ func (c *cluster) dial(ctx context.Context, from, to api.NodeID) (net.Conn, erro
 // judge is the home, for both.
 type judge struct{ c *cluster }
 
+func (j judge) Unlocked(ctx context.Context, home api.NodeID, job migrate.JobID, p migrate.Placement) error {
+	return j.c.home.Unlocked(ctx, home, job, p)
+}
+
 func (j judge) Ended(ctx context.Context, home api.NodeID, job migrate.JobID, p migrate.Placement, end migrate.End) error {
 	return j.c.home.Ended(ctx, home, job, p, end)
 }

@@ -36,7 +36,8 @@ type Job struct {
 	conn     net.Conn // the one that is served
 	attached int
 	done     bool
-	signals  []wire.Signal
+	signals  []wire.Signal // without their IDs
+	ordered  uint64        // the highest ID
 	stops    int
 	conts    int
 }
@@ -141,6 +142,15 @@ func (j *Job) collect(s *stream) {
 			return
 		}
 	}
+}
+
+// fresh tells whether an order came for the first time.
+func (j *Job) fresh(id uint64) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	is := id > j.ordered
+	j.ordered = max(j.ordered, id)
+	return is
 }
 
 // Signals are those that came, in order.
@@ -256,16 +266,16 @@ type speaker struct {
 	conn net.Conn
 }
 
-func (s *speaker) offset(k wire.Kind, at uint64) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return wire.WriteOffset(s.conn, k, at)
-}
-
 func (s *speaker) plain(k wire.Kind) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return wire.Write(s.conn, k, nil)
+}
+
+func (s *speaker) offset(k wire.Kind, at uint64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return wire.WriteOffset(s.conn, k, at)
 }
 
 func (s *speaker) json(k wire.Kind, v any) error {
@@ -389,6 +399,11 @@ func (j *Job) hear(conn net.Conn, say *speaker, input chan<- wire.Message, next 
 				j.t.Error(err)
 				return
 			}
+			if !j.fresh(s.ID) {
+				continue
+			}
+			id := s.ID
+			s.ID = 0
 			j.mu.Lock()
 			j.signals = append(j.signals, s)
 			j.mu.Unlock()
@@ -397,19 +412,41 @@ func (j *Job) hear(conn net.Conn, say *speaker, input chan<- wire.Message, next 
 				pid = -pid
 			}
 			_ = syscall.Kill(pid, syscall.Signal(s.Number)) // it may have ended
+			if say.offset(wire.KindHeard, id) != nil {
+				return
+			}
 		case wire.KindStop:
+			o, err := m.Order()
+			if err != nil {
+				j.t.Error(err)
+				return
+			}
+			if !j.fresh(o.ID) {
+				continue
+			}
 			j.mu.Lock()
 			j.stops++
 			j.mu.Unlock()
 			_ = syscall.Kill(-j.cmd.Process.Pid, syscall.SIGSTOP)
-			if say.plain(wire.KindStopped) != nil {
+			if say.plain(wire.KindStopped) != nil || say.offset(wire.KindHeard, o.ID) != nil {
 				return
 			}
 		case wire.KindCont:
+			o, err := m.Order()
+			if err != nil {
+				j.t.Error(err)
+				return
+			}
+			if !j.fresh(o.ID) {
+				continue
+			}
 			j.mu.Lock()
 			j.conts++
 			j.mu.Unlock()
 			_ = syscall.Kill(-j.cmd.Process.Pid, syscall.SIGCONT)
+			if say.offset(wire.KindHeard, o.ID) != nil {
+				return
+			}
 		case wire.KindDone:
 			j.mu.Lock()
 			j.done = true
