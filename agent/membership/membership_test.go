@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -158,15 +160,22 @@ func start(t *testing.T, id api.NodeID, port int, view api.ClusterView, receive 
 	return g
 }
 
+// freePort is below those that the kernel gives to connections, which the groups of
+// other tests make from the same addresses, and never the same twice.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.9.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		port := 20000 + (os.Getpid()*31+int(ports.Add(1)))%12000
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.9.1:%d", port)); err == nil {
+			l.Close()
+			return port
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatal("no port is free")
+	return 0
 }
+
+var ports atomic.Int32
 
 // patience is how long a test waits for what should come in a few seconds: the
 // machine that runs it may be busy with something else.

@@ -314,6 +314,11 @@ func TestStopAndCont(t *testing.T) {
 	r.Cont()
 	// Without an agent a stop is not confirmed, and taken back by a cont.
 	agent.Down()
+	select {
+	case <-r.notes: // a stop before that may have been sent, and would be sent again
+	case <-time.After(20 * time.Second):
+		t.Fatal("no word about an agent that is away")
+	}
 	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if err := r.Stop(short); !errors.Is(err, context.DeadlineExceeded) {
