@@ -1,8 +1,8 @@
 package load
 
 import (
+	"math"
 	"runtime"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,16 +28,16 @@ const (
 )
 
 // Speed measures the speed of one CPU of this machine, in units of which
-// ReferenceSpeed is the reference's: the best of speedRounds rounds, each of as many chunks as fit into
+// ReferenceSpeed is the reference's: the quickest chunk of speedRounds rounds, each of as many as fit into
 // speedRound. It takes 0.2 s, counted by the thread's own clock, so that other processes lengthen it, but hardly
-// change the result. On a CPU of a fiftieth of the reference's speed a round is three chunks. The rounds are pause apart: what a
-// virtual CPU's neighbours take away from it is in no clock of its own, and comes in bursts.
+// change the result. On a CPU of a fiftieth of the reference's speed a round is three chunks. The rounds are pause apart, and a chunk is
+// short: what a virtual CPU's neighbours take away from it is in no clock of its own, and comes in bursts.
 func Speed(pause time.Duration) (int, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	table := make([]uint64, speedWords)
-	work(table) // it comes into the caches, and the clock of the CPU up
-	var rates []float64
+	work(table)                          // it comes into the caches, and the clock of the CPU up
+	best := time.Duration(math.MaxInt64) // of a chunk
 	for i := range speedRounds {
 		if i > 0 {
 			time.Sleep(pause)
@@ -46,19 +46,19 @@ func Speed(pause time.Duration) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		for chunks := 1; ; chunks++ {
+		for last := began; last-began < speedRound; {
 			work(table)
 			now, err := threadTime()
 			if err != nil {
 				return 0, err
 			}
-			if took := now - began; took >= speedRound {
-				rates = append(rates, float64(chunks)/float64(took))
-				break
+			if now > last { // a coarse clock may stand still
+				best = min(best, now-last)
 			}
+			last = now
 		}
 	}
-	return max(1, int(ReferenceSpeed*slices.Max(rates)*float64(referenceChunk)+0.5)), nil
+	return max(1, int(ReferenceSpeed*float64(referenceChunk)/float64(best)+0.5)), nil
 }
 
 // work is a chunk. The result goes back into the table, so that no compiler can
