@@ -2,6 +2,7 @@ package capsule_test
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -487,6 +488,51 @@ func TestMoveBetweenLocks(t *testing.T) {
 	for deadline := time.Now().Add(10 * time.Second); count() == was; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the job stands still after a move that was called off")
+		}
+	}
+	w.Remove(c)
+}
+
+// A dump whose request ends at whatever moment leaves the job running: CRIU may
+// have begun to seize it, and must not find it frozen for good.
+func TestDumpIsCancelled(t *testing.T) {
+	w := capsuletest.New(t)
+	w.CRIU = capsuletest.CRIU(t)
+	c := w.Capsule(w.Home())
+	if _, err := c.Run(t.Context(), w.Program("locker", w.Work)); err != nil {
+		t.Fatal(err)
+	}
+	count := func() string {
+		data, _ := os.ReadFile(filepath.Join(w.Work, "transactions"))
+		return string(data)
+	}
+	for round := range 60 {
+		after := time.Duration(round) * time.Millisecond
+		ctx, cancel := context.WithTimeout(t.Context(), after)
+		err := c.Dump(ctx, w.Images(), nil)
+		cancel()
+		if err == nil {
+			err = c.Finish(t.Context(), false)
+		} else if ctx.Err() == nil {
+			t.Fatalf("after %v: %v", after, err)
+		}
+		// Its end may take a moment, but is an end.
+		was := count()
+		for deadline := time.Now().Add(15 * time.Second); count() == was; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				st, serr := c.Status(t.Context())
+				t.Fatalf("a dump that was cancelled after %v (%v) left the job standing still: %+v, %v", after, err, st, serr)
+			}
+		}
+	awaitRunning:
+		for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(time.Millisecond) {
+			st, err := c.Status(t.Context())
+			switch {
+			case err == nil && st.State == control.Running:
+				break awaitRunning
+			case time.Now().After(deadline):
+				t.Fatalf("after %v: %+v, %v", after, st, err)
+			}
 		}
 	}
 	w.Remove(c)

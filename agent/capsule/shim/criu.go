@@ -29,8 +29,9 @@ const (
 // by the agent, which closes the page socket.
 const hangLimit = 10 * time.Minute
 
-// exitTime is how long CRIU may take to end after its last word.
-const exitTime = 5 * time.Second
+// exitTime is how long CRIU may take to end after its last word. It is killed then, and the
+// job with it if CRIU still has code of its own in it: better that the job waits for longer.
+const exitTime = 20 * time.Second
 
 // ghostLimit is the largest deleted file that travels with the images.
 const ghostLimit = 256 << 20

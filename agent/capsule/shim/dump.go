@@ -84,8 +84,14 @@ func (s *shim) dumpTo(ctx context.Context, st control.Status, images, pages *os.
 	commit := false
 	var seizing sync.WaitGroup
 	defer seizing.Wait()
-	seized, end := context.WithCancel(ctx) // also by CRIU's end
+	// Until CRIU's end, and not the request's: a CRIU that has begun to seize runs code in the
+	// threads before it can let go of them, which a frozen job never does.
+	seized, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
+	if pages != nil {
+		// Nobody may read the pages any more; CRIU must not wait for one who does.
+		defer context.AfterFunc(ctx, func() { _ = unix.Shutdown(int(pages.Fd()), unix.SHUT_RDWR) })() // else a pipe, whose reader ends it
+	}
 	_, err := s.runCRIU(ctx, rpc.CriuReqType_DUMP, opts, images, extra, func(ctx context.Context, n swrk.Notify) error {
 		switch n.Stage {
 		case swrk.PreDump:
