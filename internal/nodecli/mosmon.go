@@ -39,8 +39,8 @@ bars if a flag says what they are to show or how.`,
 			if err != nil {
 				return err
 			}
-			if asJSON && (once || v != monitor.View{}) {
-				return fault.New(fault.Usage, "read flags of", "mosmon", "--json is the whole table, and goes with no other mode or display", "leave out the one or the other")
+			if asJSON && v != (monitor.View{}) {
+				return fault.New(fault.Usage, "read flags of", "mosmon", "--json is the whole table, and goes with no display", "leave out the one or the other")
 			}
 			agent := unixhttp.New(socket, "agent")
 			ask := func(ctx context.Context) (t api.MemberTable, err error) {

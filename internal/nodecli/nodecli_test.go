@@ -94,7 +94,6 @@ func TestRefusals(t *testing.T) {
 		{[]string{"mosagent", "net", "--address", "10.0.0.1"}, fault.Usage, "prefix"},
 		{[]string{"mosmon", "--socket", gone}, fault.Unavailable, "not running"},
 		{[]string{"mosmon", "--once", "--socket", gone}, fault.Unavailable, "not running"},
-		{[]string{"mosmon", "--once", "--json"}, fault.Usage, "--json is the whole table"},
 		{[]string{"mosmon", "--json", "-m"}, fault.Usage, "--json is the whole table"},
 		{[]string{"mosmon", "-l", "-m"}, fault.Usage, "-l and -m exclude each other"},
 		{[]string{"mosmon", "-wv", "--once"}, fault.Usage, "-w and -v exclude each other"},
