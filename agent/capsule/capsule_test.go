@@ -50,7 +50,7 @@ func TestJobIsItsCaller(t *testing.T) {
 	c := w.Capsule(w.Home())
 	spec := w.Spec("sh", "-c", `id -u; id -g; id -G; umask; pwd; ulimit -n; ulimit -Hn; nice; echo "$A"
 ls /dev | tr '\n' ' '; echo; ls /proc | grep -c '^[0-9]'; ls /dev/.mosimg/private 2>/dev/null || echo private; ls -A /run/lock | wc -l
-grep CapBnd /proc/self/status; grep Seccomp: /proc/self/status; ls /proc/$$/fd | tr '\n' ' '; exit 3`)
+grep CapBnd /proc/self/status; grep Seccomp: /proc/self/status; ls /proc/$$/fd; exit 3`) // in no pipeline: the shell would hold its end
 	spec.Env = append(spec.Env, "A=b c")
 	spec.Groups = []uint32{uint32(spec.GID), 4, 24}
 	spec.Umask, spec.Nice = 0o077, 5
@@ -68,7 +68,7 @@ grep CapBnd /proc/self/status; grep Seccomp: /proc/self/status; ls /proc/$$/fd |
 	}
 	want := fmt.Sprintf("%d\n%d\n%[1]d 4 24\n0077\n%[3]s\n200\n300\n5\nb c\n", spec.UID, spec.GID, w.Work) +
 		"fd full null ptmx pts random shm stderr stdin stdout tty urandom zero \n" +
-		"5\nprivate\n0\nSeccomp:\t2\n0 1 2 "
+		"5\nprivate\n0\nSeccomp:\t2\n0\n1\n2"
 	if strings.TrimSpace(out) != strings.TrimSpace(want) || errs != "" || st.State != control.Ended || st.Exit != 3 {
 		t.Errorf("the job says\n%s%s\nand ends as %+v; want\n%s", out, errs, st, want)
 	}
