@@ -10,6 +10,7 @@ import (
 	"math"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -239,6 +240,9 @@ func TestMosrunSurvivesItsAgent(t *testing.T) {
 // A signal to mosrun is one to the job, and its death is the job's.
 func TestMosrunSignals(t *testing.T) {
 	agent := clienttest.New(t)
+	heard := make(chan os.Signal, 1)
+	signal.Notify(heard, syscall.SIGHUP, syscall.SIGQUIT) // what nohup or a shell made us ignore, mosrun would ignore as well
+	defer signal.Stop(heard)
 	for _, tc := range []struct {
 		sig   syscall.Signal
 		group bool
