@@ -278,13 +278,13 @@ func (a *Agent) dialMigrate(ctx context.Context, node api.NodeID) (net.Conn, err
 // homeFilesSocket is where the mounts of home files on this node find us.
 func (a *Agent) homeFilesSocket() string { return filepath.Join(a.cfg.JobsDir, "homefiles.sock") }
 
-// serveHomeFiles connects this node's mounts with the homes of their jobs.
+// serveHomeFiles introduces this node's mounts with the homes of their jobs.
 func (a *Agent) serveHomeFiles(ctx context.Context) error {
 	l, err := mounts.Listen(a.homeFilesSocket())
 	if err != nil {
 		return err
 	}
-	return mounts.Proxy(ctx, l, func(ctx context.Context, home api.NodeID) (net.Conn, error) {
+	return mounts.Introduce(ctx, l, func(ctx context.Context, home api.NodeID) (net.Conn, error) {
 		return a.dialNode(ctx, home, api.PathHomeFiles, api.UpgradeHomeFiles)
 	}, a.log)
 }
@@ -324,13 +324,8 @@ func (a *Agent) handleJobs(ctx context.Context) {
 		e.server.Serve(ctx, conn, from)
 	}, api.UpgradeMigrate))
 	a.server.Handle("GET "+api.PathHomeFiles, member(func(e *engine, conn net.Conn, from api.NodeID) {
-		keeper, err := e.files.Session(ctx, from)
-		if err != nil {
+		if err := e.files.Serve(ctx, conn, from); err != nil {
 			a.log.Warn("home files", "from", from, "err", err)
-			return
 		}
-		stop := context.AfterFunc(ctx, func() { keeper.Close() })
-		defer stop()
-		upgrade.Splice(conn, keeper)
 	}, api.UpgradeHomeFiles))
 }

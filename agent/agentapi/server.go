@@ -271,7 +271,7 @@ func (s *Server) CloseRevoked(revoked identity.Revocation) {
 		go func() {
 			if peers := tc.ConnectionState().PeerCertificates; len(peers) > 0 && revoked(identity.Serial(peers[0])) {
 				s.log.Info("connection of a revoked node closed", "from", c.RemoteAddr())
-				tc.NetConn().Close()
+				upgrade.HangUp(tc) //nolint:errcheck // another process may have it, too; its end is all that matters
 			}
 		}()
 	}

@@ -23,7 +23,7 @@ const (
 
 	UpgradeJob       = "mosimg-job/1"
 	UpgradeMigrate   = "mosimg-migrate/1"
-	UpgradeHomeFiles = "mosimg-homefiles/1"
+	UpgradeHomeFiles = "mosimg-homefiles/2"
 )
 
 // JobStart asks for a new job, of the caller.

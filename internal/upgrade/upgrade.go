@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -126,36 +125,4 @@ func (c *readAhead) Read(p []byte) (int, error) {
 	n := copy(p, c.ahead)
 	c.ahead = c.ahead[n:]
 	return n, nil
-}
-
-// spliceBuffer is about what a unix socket holds: a megabyte of a file's content then
-// takes a handful of reads instead of 32.
-const spliceBuffer = 256 << 10
-
-// Splice copies both ways until both ends are done, and closes them: the end
-// of one direction is passed on where the connection can be closed for writing
-// alone, as those of TLS and unix sockets can.
-func Splice(a, b net.Conn) {
-	done := make(chan struct{})
-	one := func(dst, src net.Conn) {
-		// Not io.Copy: a unix socket would copy by its own, smaller buffer.
-		_, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, spliceBuffer))
-		if cw, ok := dst.(interface{ CloseWrite() error }); ok && err == nil {
-			err = cw.CloseWrite()
-		} else if err == nil {
-			err = net.ErrClosed
-		}
-		if err != nil { // broken: nothing will come of the other direction
-			a.Close()
-			b.Close()
-		}
-	}
-	go func() {
-		defer close(done)
-		one(a, b)
-	}()
-	one(b, a)
-	<-done
-	a.Close()
-	b.Close()
 }

@@ -16,7 +16,6 @@ import (
 	"mosimg/agent/migrate"
 	"mosimg/internal/api"
 	"mosimg/internal/identity"
-	"mosimg/internal/upgrade"
 )
 
 // The two nodes, and the job that is at one of them and has its home at the other.
@@ -26,8 +25,7 @@ const (
 	job      = migrate.JobID("bench")
 )
 
-// ours is home files. This process is both agents: each is for home files a pipe
-// with TLS on one side.
+// ours is home files. This process is both agents, who bring mount and keeper together.
 type ours struct {
 	files *keeper.Client
 	roots *mounts.Roots
@@ -69,7 +67,7 @@ func newOurs(ctx context.Context) (*ours, error) {
 	if err != nil {
 		return nil, err
 	}
-	go mounts.Proxy(ctx, proxy, func(ctx context.Context, to api.NodeID) (net.Conn, error) { //nolint:errcheck // ends with ctx
+	go mounts.Introduce(ctx, proxy, func(ctx context.Context, to api.NodeID) (net.Conn, error) { //nolint:errcheck // ends with ctx
 		addr := <-o.link
 		o.link <- addr
 		d := tls.Dialer{Config: identity.ClientToNode(here, ca.Cert, to, nobodyRevoked)}
@@ -109,11 +107,7 @@ func (o *ours) serve(ctx context.Context, l net.Listener) {
 			if err != nil {
 				return
 			}
-			keeper, err := o.files.Session(ctx, node)
-			if err != nil {
-				return
-			}
-			upgrade.Splice(tc, keeper)
+			_ = o.files.Serve(ctx, tc, node) // the mount tries again
 		}()
 	}
 }

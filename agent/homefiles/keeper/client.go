@@ -9,12 +9,14 @@ import (
 	"sync"
 	"time"
 
+	"mosimg/agent/homefiles/direct"
 	"mosimg/agent/homefiles/home"
 	"mosimg/agent/homefiles/process"
 	"mosimg/agent/homefiles/rootsock"
 	"mosimg/agent/migrate"
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
+	"mosimg/internal/upgrade"
 )
 
 // ClientConfig is what a Client needs.
@@ -171,13 +173,37 @@ func (c *Client) Remove(ctx context.Context, job migrate.JobID) error {
 	return err
 }
 
-// Session opens a session of home files for a node that was authenticated. It
-// starts a keeper too: one that was killed has lost all open files, and guests
-// are told so at once by the next instead of waiting for it.
-func (c *Client) Session(ctx context.Context, node api.NodeID) (net.Conn, error) {
-	conn, err := c.dial(ctx, request{Session: node}, true)
-	if err != nil {
-		return nil, fault.New(fault.Unavailable, "open a session of home files for", fmt.Sprintf("node %d", node), err, "")
+// Serve joins a stream, whose node was authenticated, with the keeper and returns
+// when their session's connection has ended; the end of ctx ends it. It starts a
+// keeper too: one that was killed has lost all open files, and guests are told so
+// at once by the next instead of waiting for it. The stream stays the caller's,
+// who must not use it but to hang up.
+func (c *Client) Serve(ctx context.Context, stream net.Conn, node api.NodeID) error {
+	var keeper net.Conn
+	bare, err := direct.Answer(stream, func(mount direct.Key) (direct.Key, error) {
+		var err error
+		if keeper, err = c.dial(ctx, request{Session: node, Key: mount}, true); err != nil {
+			return "", err
+		}
+		stop := rootsock.Bound(ctx, keeper)
+		defer stop()
+		var r reply
+		err = rootsock.ReadLine(keeper, &r)
+		return r.Key, err
+	})
+	if keeper != nil {
+		defer keeper.Close()
 	}
-	return conn, nil
+	if err == nil {
+		err = rootsock.Hand(keeper, bare)
+	}
+	if err != nil {
+		return fault.New(fault.Unavailable, "open a session of home files for", fmt.Sprintf("node %d", node), fault.HungUp("the process that serves them", err), "")
+	}
+	// A keeper that was killed does not close what we have, too.
+	defer upgrade.HangUp(bare) //nolint:errcheck // it is over
+	stop := rootsock.Bound(ctx, keeper)
+	defer stop()
+	_, _ = keeper.Read(make([]byte, 1)) // nothing comes but the end
+	return nil
 }

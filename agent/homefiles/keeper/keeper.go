@@ -3,8 +3,11 @@
 // agent; and it is the agent's side of talking to it.
 //
 // Its unix socket is root's. A connection begins with one line of JSON. With an
-// operation it is answered by one line and closed. With {"Session":N} the rest
-// is a session of home files of node N, whom the agent has authenticated.
+// operation it is answered by one line and closed. With {"Session":N,"Key":K} it is
+// answered by the keeper's own key; then the agent hands over a connection, on
+// which K, a process of node N, whom the agent has authenticated, has a session of
+// home files (see package direct). The session lasts as long as the unix
+// connection: an agent that dies, or hears that a node is out, ends it.
 package keeper
 
 import (
@@ -22,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mosimg/agent/capsule/control"
+	"mosimg/agent/homefiles/direct"
 	"mosimg/agent/homefiles/home"
 	"mosimg/agent/homefiles/process"
 	"mosimg/agent/homefiles/rootsock"
@@ -60,6 +64,7 @@ func lost(r request) error {
 // request is the first line of a connection.
 type request struct {
 	Session api.NodeID `json:",omitempty"`
+	Key     direct.Key `json:",omitempty"` // of Session
 
 	Op    op                `json:",omitempty"`
 	Job   string            `json:",omitempty"`
@@ -73,6 +78,7 @@ type request struct {
 }
 
 type reply struct {
+	Key   direct.Key     `json:",omitempty"` // to Session
 	Error *control.Error `json:",omitempty"`
 	Locks []string       `json:",omitempty"`
 	// Ending says that this keeper ends, having had nothing to do; the next
@@ -144,6 +150,7 @@ func raiseNofile(log *slog.Logger) {
 // server is a running keeper.
 type server struct {
 	home *home.Server
+	self *direct.Identity
 	log  *slog.Logger
 
 	mu sync.Mutex
@@ -155,13 +162,18 @@ type server struct {
 
 // serve serves until ctx ends or there has been nothing to keep for idle.
 func serve(ctx context.Context, l net.Listener, log *slog.Logger, idle time.Duration) error {
+	self, err := direct.New()
+	if err != nil {
+		l.Close()
+		return err
+	}
 	h, err := home.New(home.Config{Log: log})
 	if err != nil {
 		l.Close()
 		return err
 	}
 	defer h.Close()
-	s := &server{home: h, log: log, jobs: make(map[string]bool), last: time.Now()}
+	s := &server{home: h, self: self, log: log, jobs: make(map[string]bool), last: time.Now()}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
@@ -192,7 +204,7 @@ func (s *server) end(idle time.Duration) bool {
 func (s *server) connection(ctx context.Context, c net.Conn, req request) {
 	defer c.Close()
 	if req.Session != 0 {
-		if err := s.home.Serve(ctx, c, req.Session); err != nil {
+		if err := s.session(ctx, c, req); err != nil {
 			s.log.Info("session", "node", req.Session, "err", err)
 		}
 		return
@@ -208,6 +220,37 @@ func (s *server) connection(ctx context.Context, c net.Conn, req request) {
 	if err := json.NewEncoder(c).Encode(a); err != nil {
 		s.log.Debug("answer", "err", err)
 	}
+}
+
+// handTime bounds the wait for a connection that an agent hands over.
+const handTime = 20 * time.Second
+
+// session serves one connection of a node's mount.
+func (s *server) session(ctx context.Context, agent net.Conn, req request) error {
+	if err := json.NewEncoder(agent).Encode(reply{Key: s.self.Key}); err != nil {
+		return err
+	}
+	if err := agent.SetDeadline(time.Now().Add(handTime)); err != nil {
+		return err
+	}
+	raw, err := rootsock.Take(agent)
+	if err != nil {
+		return err
+	}
+	if err := agent.SetDeadline(time.Time{}); err != nil {
+		return errors.Join(err, raw.Close())
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // nothing more comes: an end is the agent's
+		_, _ = agent.Read(make([]byte, 1))
+		cancel()
+	}()
+	conn, err := s.self.Server(ctx, raw, req.Key)
+	if err != nil {
+		return err
+	}
+	return s.home.Serve(ctx, conn, req.Session)
 }
 
 func (s *server) do(ctx context.Context, r request) (a reply, err error) {

@@ -2,15 +2,18 @@ package keeper
 
 import (
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"mosimg/agent/homefiles/direct"
 	"mosimg/agent/homefiles/home"
 	"mosimg/agent/homefiles/rootsock"
 	"mosimg/agent/homefiles/wire"
@@ -42,14 +45,80 @@ func newClient(t *testing.T) *Client {
 	})
 }
 
-// greet opens a session as a node's mount does and tells how it is answered.
-func greet(t *testing.T, c *Client, node api.NodeID, job string, epoch uint64) wire.Kind {
+// session is what a node's agent and mount do for a connection to the keeper. It
+// ends when end is called.
+func session(t *testing.T, c *Client, node api.NodeID) (conn net.Conn, end func()) {
 	t.Helper()
-	conn, err := c.Session(t.Context(), node)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	near, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	far, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- c.Serve(ctx, far, node) }()
+	end = sync.OnceFunc(func() {
+		cancel()
+		if err := <-served; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+	t.Cleanup(end)
+	self, err := direct.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, bare, err := direct.Ask(near, self.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err = self.Client(t.Context(), bare, key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
+	return conn, end
+}
+
+// A node that is out, or an agent that dies, takes its session's connection along,
+// though the agent passes on none of it.
+func TestAgentEndsSession(t *testing.T) {
+	c := newClient(t)
+	if err := c.Prepare(t.Context(), "j", migrate.Placement{Node: 1, Epoch: 1}, migrate.Placement{Node: 2, Epoch: 2}); err != nil {
+		t.Fatal(err)
+	}
+	conn, end := session(t, c, 2)
+	hello := wire.Hello{Capsule: "j", Session: wire.SessionID{1}, Epoch: 2}
+	if _, err := conn.Write(wire.AppendFrame(nil, wire.KindHello, 0, hello.Append(nil))); err != nil {
+		t.Fatal(err)
+	}
+	if h, _, err := wire.ReadFrame(conn, wire.MaxGreeting); err != nil || h.Kind != wire.KindWelcome {
+		t.Fatalf("%v, %v; want a welcome", h, err)
+	}
+	end()
+	if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the keeper goes on to serve a node for which no agent stands any more")
+	}
+	if err := c.Remove(t.Context(), "j"); err != nil {
+		t.Error(err)
+	}
+}
+
+// greet opens a session as a node's mount does and tells how it is answered.
+func greet(t *testing.T, c *Client, node api.NodeID, job string, epoch uint64) wire.Kind {
+	t.Helper()
+	conn, _ := session(t, c, node)
 	hello := wire.Hello{Capsule: job, Session: wire.SessionID{byte(epoch), byte(node)}, Epoch: epoch}
 	if _, err := conn.Write(wire.AppendFrame(nil, wire.KindHello, 0, hello.Append(nil))); err != nil {
 		t.Fatal(err)

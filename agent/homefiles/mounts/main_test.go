@@ -198,34 +198,58 @@ func agentHelper(args []string) error {
 	fmt.Sscan(args[2], &rate)
 	fmt.Println("listening")
 	files := keeper.NewClient(keeper.ClientConfig{Socket: args[1], LogFile: os.DevNull})
-	return mounts.Proxy(context.Background(), l, func(ctx context.Context, n api.NodeID) (net.Conn, error) {
+	return mounts.Introduce(context.Background(), l, func(ctx context.Context, n api.NodeID) (net.Conn, error) {
 		if n != homeNode {
 			return nil, fmt.Errorf("asked for node %d", n)
 		}
-		c, err := files.Session(ctx, thisNode)
-		if err != nil || rate == 0 {
-			return c, err
+		near, far, err := pair(rate)
+		if err == nil {
+			go files.Serve(context.WithoutCancel(ctx), far, thisNode) //nolint:errcheck // the mount tries again
 		}
-		return slowConn{c, rate}, nil
+		return near, err
 	}, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 }
 
-// slowConn is a link of so many bytes a second towards home.
-type slowConn struct {
-	net.Conn
-	rate int
-}
-
-func (c slowConn) Write(b []byte) (int, error) {
-	const step = 16 << 10
-	for n := 0; n < len(b); n += step {
-		part := b[n:min(n+step, len(b))]
-		time.Sleep(time.Duration(len(part)) * time.Second / time.Duration(c.rate))
-		if m, err := c.Conn.Write(part); err != nil {
-			return n + m, err
+// pair is the two ends of a connection on which so many bytes a second get to
+// the far one; 0 is as many as can.
+func pair(rate int) (near, far net.Conn, err error) {
+	near, far, err = tcpPair()
+	if err != nil || rate == 0 {
+		return near, far, err
+	}
+	in := far
+	out, far, err := tcpPair()
+	if err != nil {
+		return nil, nil, err
+	}
+	pass := func(dst, src net.Conn, step, rate int) {
+		defer dst.Close()
+		defer src.Close()
+		for buf := make([]byte, step); ; {
+			n, err := src.Read(buf)
+			if rate > 0 {
+				time.Sleep(time.Duration(n) * time.Second / time.Duration(rate))
+			}
+			if _, werr := dst.Write(buf[:n]); err != nil || werr != nil {
+				return
+			}
 		}
 	}
-	return len(b), nil
+	go pass(out, in, 16<<10, rate)
+	go pass(in, out, 256<<10, 0)
+	return near, far, nil
+}
+
+func tcpPair() (a, b net.Conn, err error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer l.Close()
+	if a, err = net.Dial("tcp", l.Addr().String()); err == nil {
+		b, err = l.Accept()
+	}
+	return a, b, err
 }
 
 // admit lets a copy of the job come to this node, in an epoch.

@@ -29,7 +29,7 @@ import (
 type Config struct {
 	Dir    string // on tmpfs
 	Self   api.NodeID
-	Socket string // of Proxy
+	Socket string // of Introduce
 	// Lease is how long a home may be silent before its files are given up; 0 is migrate.DefaultLease.
 	Lease time.Duration
 	Log   *slog.Logger // nil is silent

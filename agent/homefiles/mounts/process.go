@@ -7,6 +7,7 @@ import (
 	"net"
 	"time"
 
+	"mosimg/agent/homefiles/direct"
 	"mosimg/agent/homefiles/forward"
 	"mosimg/agent/homefiles/process"
 	"mosimg/agent/homefiles/rootsock"
@@ -24,7 +25,7 @@ type forwardConfig struct {
 	Capsule string
 	Epoch   uint64
 	Home    api.NodeID
-	Socket  string // of the agent's Proxy
+	Socket  string // of the agent's Introduce
 	Lease   time.Duration
 }
 
@@ -38,6 +39,10 @@ func Main(ctx context.Context, config string, log *slog.Logger) error {
 	m := mount(conf.Dir)
 	if err == nil {
 		err = m.record()
+	}
+	var self *direct.Identity
+	if err == nil {
+		self, err = direct.New()
 	}
 	var l net.Listener
 	if err == nil {
@@ -54,7 +59,7 @@ func Main(ctx context.Context, config string, log *slog.Logger) error {
 		Failed:  s.end,
 		Control: func(c forward.Control) { s.forward = c },
 		Dial: func(ctx context.Context) (net.Conn, error) {
-			return rootsock.Dial(ctx, conf.Socket, proxyRequest{Home: conf.Home})
+			return dialHome(ctx, conf.Socket, conf.Home, self)
 		},
 	}
 	answering, cancel := context.WithCancel(context.WithoutCancel(ctx))

@@ -174,3 +174,83 @@ func FuzzReadLine(f *testing.F) {
 		}
 	})
 }
+
+// A connection is handed to another process whole; what is no connection is an
+// error, and no descriptor stays behind.
+func TestHandAndTake(t *testing.T) {
+	pair := func() (a, b *net.UnixConn) {
+		t.Helper()
+		fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var ends [2]*net.UnixConn
+		for i, fd := range fds {
+			f := os.NewFile(uintptr(fd), "pair")
+			defer f.Close()
+			c, err := net.FileConn(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			ends[i] = c.(*net.UnixConn)
+		}
+		return ends[0], ends[1]
+	}
+	from, to := pair()
+	x, y := pair()
+	if err := Hand(from, x); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Take(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer got.Close()
+	x.Close()
+	if _, err := io.WriteString(got, "still here"); err != nil {
+		t.Error(err)
+	}
+	if b := make([]byte, 10); true {
+		if _, err := io.ReadFull(y, b); err != nil || string(b) != "still here" {
+			t.Errorf("%q, %v", b, err)
+		}
+	}
+
+	file, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	before := descriptors(t)
+	for name, rights := range map[string][]byte{
+		"nothing": nil, "no socket": syscall.UnixRights(int(file.Fd())),
+		"two at once": syscall.UnixRights(int(file.Fd()), int(file.Fd())),
+	} {
+		if _, _, err := from.WriteMsgUnix([]byte{0}, rights, nil); err != nil {
+			t.Fatal(err)
+		}
+		if c, err := Take(to); err == nil {
+			t.Errorf("%s: %v was taken", name, c)
+		}
+	}
+	from.Close()
+	if c, err := Take(to); !errors.Is(err, io.EOF) {
+		t.Errorf("after the end: %v, %v; want io.EOF", c, err)
+	}
+	if after := descriptors(t); after > before-1 {
+		t.Errorf("%d descriptors are open, %d were before and one was closed", after, before)
+	}
+	if _, err := Take(nil); err == nil {
+		t.Error("Take from nobody")
+	}
+}
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
+}
