@@ -61,21 +61,20 @@ func keyOf(der []byte) Key {
 
 // Client shakes hands as the mount with who has the peer's key, and owns raw.
 func (i *Identity) Client(ctx context.Context, raw net.Conn, peer Key) (net.Conn, error) {
-	return i.shake(ctx, raw, peer, tls.Client)
+	return i.shake(ctx, newGather(raw, false), peer, tls.Client)
 }
 
 // Server shakes hands as the keeper with who has the peer's key, and owns raw.
 func (i *Identity) Server(ctx context.Context, raw net.Conn, peer Key) (net.Conn, error) {
-	return i.shake(ctx, raw, peer, tls.Server)
+	return i.shake(ctx, newGather(raw, true), peer, tls.Server)
 }
 
 // shakeTime bounds a handshake, and what the agents say before.
 const shakeTime = 10 * time.Second
 
-func (i *Identity) shake(ctx context.Context, raw net.Conn, peer Key, side func(net.Conn, *tls.Config) *tls.Conn) (net.Conn, error) {
+func (i *Identity) shake(ctx context.Context, below *gather, peer Key, side func(net.Conn, *tls.Config) *tls.Conn) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, shakeTime)
 	defer cancel()
-	below := newGather(raw)
 	c := side(below, &tls.Config{
 		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{i.cert},
 		ClientAuth: tls.RequireAnyClientCert, SessionTicketsDisabled: true,
@@ -91,7 +90,7 @@ func (i *Identity) shake(ctx context.Context, raw net.Conn, peer Key, side func(
 		DynamicRecordSizingDisabled: true,
 	})
 	if err := c.HandshakeContext(ctx); err != nil {
-		upgrade.HangUp(raw) //nolint:errcheck // the handshake's error is the cause
+		upgrade.HangUp(below.Conn) //nolint:errcheck // the handshake's error is the cause
 		return nil, err
 	}
 	return &conn{Conn: c, below: below}, nil

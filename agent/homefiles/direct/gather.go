@@ -2,8 +2,10 @@ package direct
 
 import (
 	"bufio"
+	"io"
 	"net"
 	"sync"
+	"syscall"
 )
 
 // maxRecord is the most that TLS puts into one record, in bytes (RFC 8446, section 5.1).
@@ -24,8 +26,15 @@ type gather struct {
 	err  error  // of a write
 }
 
-func newGather(c net.Conn) *gather {
-	return &gather{Conn: c, in: bufio.NewReaderSize(c, gatherSize)}
+// newGather gathers on c; with threads, a read waits as threaded does.
+func newGather(c net.Conn, threads bool) *gather {
+	var r io.Reader = c
+	if s, ok := c.(syscall.Conn); ok && threads {
+		if raw, err := s.SyscallConn(); err == nil {
+			r = threaded{raw}
+		}
+	}
+	return &gather{Conn: c, in: bufio.NewReaderSize(r, gatherSize)}
 }
 
 func (g *gather) Read(p []byte) (int, error) { return g.in.Read(p) }

@@ -24,7 +24,7 @@ func capsuleWith(ss *session) *Server {
 	}
 	s.capsules["j"] = c
 	ss.srv, ss.cap, ss.idle.L = s, c, &ss.mu
-	ss.link = link.New(0, ss.take)
+	ss.link = link.New(0, func(h wire.Header, b *link.Buf) { ss.take(nil, h, b) })
 	return s
 }
 
@@ -67,7 +67,7 @@ func TestHoldLosesNoRequest(t *testing.T) {
 	capsuleWith(ss)
 	ss.hold()
 	h, buf := getattr()
-	ss.begun(h, buf) // take has looked before hold
+	ss.begun(nil, h, buf) // take has looked before hold
 	if len(ss.parked) != 1 {
 		t.Fatalf("%d requests are kept; want 1", len(ss.parked))
 	}
@@ -90,7 +90,7 @@ func TestHoldKeepsOnlySoMuch(t *testing.T) {
 		return ss.parkedBytes
 	}
 	for kept() <= maxParked {
-		ss.take(wire.Header{Kind: wire.KindRequest}, link.NewBuf(1<<20))
+		ss.take(nil, wire.Header{Kind: wire.KindRequest}, link.NewBuf(1<<20))
 	}
 	far.SetReadDeadline(time.Now().Add(5 * time.Second))
 	for {

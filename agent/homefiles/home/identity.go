@@ -114,7 +114,7 @@ func (c *capsule) caller(uid, gid uint32) (who, error) {
 type pool struct {
 	jobs chan func(*worker)
 	mu   sync.Mutex
-	size int // guarded by mu
+	size int // without those that are lent; guarded by mu
 	done chan struct{}
 }
 
@@ -153,11 +153,41 @@ func (p *pool) grow() error {
 	}()
 	err := <-ready
 	if err == nil {
-		p.mu.Lock()
-		p.size++
-		p.mu.Unlock()
+		p.count(1)
 	}
 	return err
+}
+
+// lend has job done by a worker that it may keep for long, and reports whether there
+// is one. Threads come back and do not end: what a thread has started could be told
+// to end with it.
+func (p *pool) lend(job func(*worker)) bool {
+	lent := func(w *worker) {
+		p.count(-1)
+		defer p.count(1)
+		job(w)
+	}
+	select {
+	case p.jobs <- lent:
+		return true
+	default:
+	}
+	if p.grow() != nil {
+		return false
+	}
+	select {
+	case p.jobs <- lent:
+		return true
+	case <-p.done:
+		return false
+	}
+}
+
+// count counts workers that are there for do.
+func (p *pool) count(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.size += n
 }
 
 // do has job done by some worker; it waits for one while all poolMax are busy.

@@ -167,21 +167,37 @@ func (s *Server) session(h wire.Hello, peer api.NodeID, rx uint64) (*session, wi
 	ss.inodes[root.id], ss.byKey[root.key] = root, root
 	// Replies are never held back: there are no more of them than the
 	// node's kernel has requests.
-	ss.link = link.New(0, ss.take)
+	ss.link = link.NewWith(0, ss.readers)
 	c.sessions[h.Epoch] = ss
 	return ss, 0
 }
 
-// take begins a request. It runs on the connection's reader, so it does
-// nothing that waits for a disk.
-func (ss *session) take(h wire.Header, buf *link.Buf) {
-	if !ss.park(h, buf) {
-		ss.begun(h, buf)
+// readers reads a connection on a thread that can do requests itself: to have
+// each done by another thread costs more than most of them.
+func (ss *session) readers(read func(link.Handle)) {
+	on := func(w *worker) {
+		read(func(h wire.Header, buf *link.Buf, more bool) {
+			if more { // it need not wait for this one
+				ss.take(nil, h, buf)
+			} else {
+				ss.take(w, h, buf)
+			}
+		})
+	}
+	if !ss.srv.pool.lend(on) {
+		on(nil) // the pool's others do the requests
 	}
 }
 
-// begun begins a request.
-func (ss *session) begun(h wire.Header, buf *link.Buf) {
+// take begins a request, and does it if w is not nil and it is short.
+func (ss *session) take(w *worker, h wire.Header, buf *link.Buf) {
+	if !ss.park(h, buf) {
+		ss.begun(w, h, buf)
+	}
+}
+
+// begun is take for what is not parked.
+func (ss *session) begun(w *worker, h wire.Header, buf *link.Buf) {
 	if h.Kind == wire.KindGone {
 		if len(buf.B) >= 4 {
 			ss.srv.locks.dropMoved(ss, binary.LittleEndian.Uint32(buf.B))
@@ -250,7 +266,31 @@ func (ss *session) begun(h wire.Header, buf *link.Buf) {
 		ss.finish()
 		return
 	}
+	if w != nil && short(r) {
+		ss.serve(w, r)
+		return
+	}
 	ss.srv.pool.do(func(w *worker) { ss.serve(w, r) })
+}
+
+// shortData is how much a short request reads or writes, in bytes.
+const shortData = 32 << 10
+
+// short tells whether a request is usually done sooner than another thread would
+// have begun it.
+func short(r *request) bool {
+	switch r.Opcode {
+	case wire.OpRead:
+		in, _, ok := wire.As[wire.ReadIn](r.body)
+		return ok && in.Size <= shortData
+	case wire.OpWrite:
+		return len(r.body) <= shortData
+	case wire.OpLookup, wire.OpGetattr, wire.OpSetattr, wire.OpCreate, wire.OpOpen, wire.OpRelease, wire.OpReadlink,
+		wire.OpMknod, wire.OpMkdir, wire.OpUnlink, wire.OpRmdir, wire.OpSymlink, wire.OpLink, wire.OpRename, wire.OpRename2,
+		wire.OpOpendir, wire.OpReleasedir, wire.OpAccess, wire.OpGetxattr, wire.OpListxattr, wire.OpGetlk, wire.OpSetlk:
+		return true
+	}
+	return false
 }
 
 // begin counts a request in, unless the session is fenced.
@@ -350,7 +390,7 @@ func (ss *session) release() {
 		ss.parked, ss.parkedBytes = nil, 0
 		ss.mu.Unlock()
 		for _, p := range parked {
-			ss.begun(p.h, p.buf)
+			ss.begun(nil, p.h, p.buf)
 		}
 		ss.mu.Lock()
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -50,9 +51,14 @@ func (w *watcher) add(fd int) {
 
 func (w *watcher) close() { w.f.Close() }
 
+// gatherTime is how long changes are let gather before they are looked at. The
+// kernel makes one event of what happens to the same file meanwhile, and a program
+// that writes line by line, or a guest that makes files, does not wake us for each.
+const gatherTime = 2 * time.Millisecond
+
 func (w *watcher) run() {
 	buf := make([]byte, 64<<10)
-	for {
+	for ; ; time.Sleep(gatherTime) {
 		n, err := w.f.Read(buf)
 		if err != nil {
 			return // closed

@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -97,6 +98,9 @@ const (
 // when it has had no job for a while.
 func Main(ctx context.Context, socket string, log *slog.Logger) error {
 	raiseNofile(log)
+	// A thread that waits for requests (package direct) counts as running for a moment;
+	// the only one that may would keep the others from running.
+	runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0)))
 	if err := urgent.Raise(); err != nil {
 		log.Warn("home files are no more urgent than jobs", "why", err)
 	}

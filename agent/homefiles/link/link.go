@@ -41,10 +41,15 @@ const (
 // and little enough that a slow link has acknowledgements in between.
 const batch = 256 << 10
 
+// Handle takes a numbered frame and owns its body. more tells that the next has
+// come already.
+type Handle func(h wire.Header, body *Buf, more bool)
+
 // Link is one side of a session. Make it with New.
 type Link struct {
-	handle func(h wire.Header, body *Buf)
-	limit  int
+	readers func(read func(Handle))
+	inTurn  bool // one handle at a time
+	limit   int
 
 	mu    sync.Mutex
 	space sync.Cond // signalled when bytes shrinks, writing ends or the link closes
@@ -76,11 +81,24 @@ type frame struct {
 }
 
 // New makes a link without a connection. handle gets each numbered frame, in
-// order, from the goroutine of Attach, and owns the body; it must not wait for
-// anything that needs a later frame. Send waits while more than limit bytes
-// are not acknowledged; 0 is no limit.
+// order, from one goroutine; it must not wait for anything that needs a later
+// frame. Send waits while more than limit bytes are not acknowledged; 0 is no
+// limit.
 func New(limit int, handle func(h wire.Header, body *Buf)) *Link {
-	l := &Link{handle: handle, limit: limit, next: 1}
+	l := NewWith(limit, func(read func(Handle)) {
+		read(func(h wire.Header, body *Buf, _ bool) { handle(h, body) })
+	})
+	l.inTurn = true
+	return l
+}
+
+// NewWith is New for a Handle that may wait: when it does so for longer than
+// Patience, another goroutine reads on. readers is called, on a goroutine of its own,
+// for each that is needed, and has to have read called once, on whichever goroutine
+// is to read, with the Handle that is to get the frames. Handles begin in the order
+// of the frames.
+func NewWith(limit int, readers func(read func(Handle))) *Link {
+	l := &Link{readers: readers, limit: limit, next: 1}
 	l.space.L = &l.mu
 	l.down.Store(time.Now().UnixNano())
 	return l
@@ -334,83 +352,77 @@ func (l *Link) trim() {
 	l.space.Broadcast()
 }
 
-func (l *Link) read(conn net.Conn, r *bufio.Reader) error {
+// receive reads one frame. The body is nil if it has no number.
+func (l *Link) receive(conn net.Conn, r *bufio.Reader) (h wire.Header, body *Buf, err error) {
 	var b [wire.HeaderSize]byte
-	for {
-		if _, err := io.ReadFull(r, b[:]); err != nil {
-			return err
+	if _, err := io.ReadFull(r, b[:]); err != nil {
+		return h, nil, err
+	}
+	l.lastHeard.Store(time.Now().UnixNano())
+	h, err = wire.ParseHeader(b[:])
+	if err != nil {
+		return h, nil, err
+	}
+	if !h.Kind.Numbered() {
+		switch {
+		case h.Length != 0:
+			return h, nil, fmt.Errorf("frame of kind %d with a body of %d bytes", h.Kind, h.Length)
+		case h.Kind == wire.KindFenced:
+			return h, nil, ErrFenced
+		case h.Kind != wire.KindAck:
+			return h, nil, fmt.Errorf("greeting of kind %d in the middle of a connection", h.Kind)
 		}
-		l.lastHeard.Store(time.Now().UnixNano())
-		h, err := wire.ParseHeader(b[:])
-		if err != nil {
-			return err
-		}
-		if !h.Kind.Numbered() {
-			if h.Length != 0 {
-				return fmt.Errorf("frame of kind %d with a body of %d bytes", h.Kind, h.Length)
-			}
-			if h.Kind == wire.KindFenced {
-				return ErrFenced
-			}
-			if h.Kind != wire.KindAck {
-				return fmt.Errorf("greeting of kind %d in the middle of a connection", h.Kind)
-			}
-		}
-		var body *Buf
-		if h.Kind.Numbered() {
-			body = NewBuf(int(h.Length))
-			for got := 0; got < len(body.B); {
-				n, err := r.Read(body.B[got:])
-				if err != nil {
-					body.Free()
-					return err
-				}
-				got += n
-				// A frame of a megabyte takes a second on a slow link.
-				l.lastHeard.Store(time.Now().UnixNano())
-			}
-		}
-		l.mu.Lock()
-		if l.conn != conn || l.closed {
-			l.mu.Unlock()
-			body.Free()
-			return ErrClosed
-		}
-		if h.Ack > l.acked {
-			if h.Ack >= l.next {
-				last := l.next - 1
-				l.mu.Unlock()
+	} else {
+		body = NewBuf(int(h.Length))
+		for got := 0; got < len(body.B); {
+			n, err := r.Read(body.B[got:])
+			if err != nil {
 				body.Free()
-				return fmt.Errorf("peer acknowledges frame %d; %d is the last", h.Ack, last)
+				return h, nil, err
 			}
-			l.acked = h.Ack
-			l.trim()
-		}
-		if body == nil {
-			l.mu.Unlock()
-			continue
-		}
-		if h.Seq != l.rx+1 {
-			want := l.rx + 1
-			l.mu.Unlock()
-			body.Free()
-			return fmt.Errorf("frame %d arrived, expected %d", h.Seq, want)
-		}
-		l.rx++
-		l.rxBytes += len(body.B)
-		due := l.rx-l.toldRx >= ackFrames || l.rxBytes >= ackBytes
-		l.mu.Unlock()
-		l.handle(h, body)
-		if due {
-			l.mu.Lock()
-			if l.rx-l.toldRx >= ackFrames || l.rxBytes >= ackBytes {
-				l.ackDue = true
-				l.flushSoon()
-			}
-			l.mu.Unlock()
+			got += n
+			// A frame of a megabyte takes a second on a slow link.
+			l.lastHeard.Store(time.Now().UnixNano())
 		}
 	}
+	if err := l.account(conn, h, body); err != nil {
+		body.Free()
+		return h, nil, err
+	}
+	return h, body, nil
 }
+
+// account notes what a frame's header says.
+func (l *Link) account(conn net.Conn, h wire.Header, body *Buf) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conn != conn || l.closed {
+		return ErrClosed
+	}
+	if h.Ack > l.acked {
+		if h.Ack >= l.next {
+			return fmt.Errorf("peer acknowledges frame %d; %d is the last", h.Ack, l.next-1)
+		}
+		l.acked = h.Ack
+		l.trim()
+	}
+	if body == nil {
+		return nil
+	}
+	if h.Seq != l.rx+1 {
+		return fmt.Errorf("frame %d arrived, expected %d", h.Seq, l.rx+1)
+	}
+	l.rx++
+	l.rxBytes += len(body.B)
+	if l.owesAck() {
+		l.ackDue = true
+		l.flushSoon()
+	}
+	return nil
+}
+
+// owesAck tells whether the other side keeps much that has arrived. mu is held.
+func (l *Link) owesAck() bool { return l.rx-l.toldRx >= ackFrames || l.rxBytes >= ackBytes }
 
 // ErrFenced is the end of a connection whose session was told that it is over.
 var ErrFenced = errors.New("fenced: the capsule has a newer epoch")

@@ -49,7 +49,7 @@ var lockKinds = []string{"posix", "flock", "ofd"}
 
 // holds starts a process of alice's that has all kinds of locks, or with none opens
 // the same files.
-func holds(t *testing.T, dir string, none bool) *program {
+func holds(t testing.TB, dir string, none bool) *program {
 	t.Helper()
 	var args []string
 	for _, kind := range lockKinds {

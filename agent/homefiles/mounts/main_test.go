@@ -89,7 +89,7 @@ var alice = home.Cred{UID: 1000, GID: 1000}
 // world is a home and a node on this machine: a keeper, the agent's half of
 // the link in a process of its own, and mounts.
 type world struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string // holds it all
 	tree  string // a folder of alice's, at home
 	files *keeper.Client
@@ -103,7 +103,7 @@ type options struct {
 	rate int
 }
 
-func newWorld(t *testing.T, o options) *world {
+func newWorld(t testing.TB, o options) *world {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: mounts FUSE and acts as other users")
@@ -292,7 +292,7 @@ func (w *world) forwarder(epoch uint64) int {
 	return id.PID
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -300,21 +300,21 @@ func must(t *testing.T, err error) {
 }
 
 // ctx bounds what a test waits for.
-func ctx(t *testing.T) context.Context {
+func ctx(t testing.TB) context.Context {
 	c, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	t.Cleanup(cancel)
 	return c
 }
 
 // isKind checks that an error is a fault of a kind and says something.
-func isKind(t *testing.T, what string, err error, kind fault.Kind, says string) {
+func isKind(t testing.TB, what string, err error, kind fault.Kind, says string) {
 	t.Helper()
 	if err == nil || fault.KindOf(err) != kind || !strings.Contains(err.Error(), says) {
 		t.Errorf("%s: %v (kind %d); want kind %d and the words %q", what, err, fault.KindOf(err), kind, says)
 	}
 }
 
-func fuseMounts(t *testing.T, below string) (at []string) {
+func fuseMounts(t testing.TB, below string) (at []string) {
 	t.Helper()
 	data, err := os.ReadFile("/proc/self/mountinfo")
 	must(t, err)
@@ -337,7 +337,7 @@ func helper(as home.Cred, name string, args ...string) *exec.Cmd {
 // program is a process of the job that is told by lines what to do next, and
 // says by lines what it has done.
 type program struct {
-	t    *testing.T
+	t    testing.TB
 	cmd  *exec.Cmd
 	in   io.WriteCloser
 	out  chan string
@@ -345,7 +345,7 @@ type program struct {
 }
 
 // start runs a command of alice's.
-func start(t *testing.T, cmd *exec.Cmd) *program {
+func start(t testing.TB, cmd *exec.Cmd) *program {
 	t.Helper()
 	p := &program{t: t, cmd: cmd, out: make(chan string, 100)}
 	var err error
@@ -367,7 +367,7 @@ func start(t *testing.T, cmd *exec.Cmd) *program {
 
 // shell runs a script of alice's in a folder. Not by Cmd.Dir: Go's fork holds
 // this whole process up until the child has left the mount.
-func shell(t *testing.T, dir, script string) *program {
+func shell(t testing.TB, dir, script string) *program {
 	t.Helper()
 	cmd := exec.Command("sh", "-euc", "cd '"+dir+"'\n"+script)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: alice.UID, Gid: alice.GID}, Pdeathsig: syscall.SIGKILL}
