@@ -21,7 +21,7 @@ import (
 func newBenchHomefsCmd(env *Env) *cobra.Command {
 	var conf filebench.Config
 	var links []string
-	var asJSON bool
+	var asJSON, sshfs bool
 	c := &cobra.Command{
 		Use:   "homefs",
 		Short: "Seconds that work on a guest's files takes: home files beside sshfs and beside the local disk",
@@ -32,7 +32,8 @@ machine. With --link 1ms all bytes come half a millisecond later in each
 direction, by a relay in this program, for home files and sshfs alike. "Cold" is
 a fresh mount: the home has the file in memory.
 
-It needs root, and sshfs and sshd (Debian packages sshfs and openssh-server). All
+It needs root, and sshfs and sshd (Debian packages sshfs and openssh-server) unless
+--sshfs=false leaves that peer out. All
 runs in namespaces of its own, sshd too, and ends with the command. The defaults
 take about half an hour, most of it for small files over 1 ms.`,
 		Args: usageArgs(cobra.NoArgs),
@@ -44,10 +45,15 @@ take about half an hour, most of it for small files over 1 ms.`,
 				}
 				conf.Links = append(conf.Links, d)
 			}
+			conf.NoSSHFS = !sshfs
 			var table homefsTable
 			err := filebench.Run(c.Context(), conf, env.Stderr, func(s filebench.Sample) {
 				table.add(s)
-				fmt.Fprintf(env.Stderr, "run %d, %s: home files %.3f s, sshfs %.3f s, disk %.3f s\n", s.Run, homefsName(s), s.Ours, s.SSHFS, s.Disk)
+				beside := ""
+				if sshfs {
+					beside = fmt.Sprintf("sshfs %.3f s, ", s.SSHFS)
+				}
+				fmt.Fprintf(env.Stderr, "run %d, %s: home files %.3f s, %sdisk %.3f s\n", s.Run, homefsName(s), s.Ours, beside, s.Disk)
 			})
 			if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() > 0 {
 				return exitStatus(exit.ExitCode())
@@ -65,6 +71,7 @@ take about half an hour, most of it for small files over 1 ms.`,
 	f.IntVar(&conf.MiB, "mib", 256, "size of the file that is read and written, in MiB")
 	f.IntVar(&conf.Files, "files", 5000, "small files to unpack; git has a tenth of it")
 	f.IntVar(&conf.Starts, "starts", 50, "starts of the interpreter in a row")
+	f.BoolVar(&sshfs, "sshfs", true, "measure sshfs, too; it needs a sshd")
 	f.BoolVar(&asJSON, "json", false, "print the rows as JSON")
 	return c
 }
@@ -80,7 +87,7 @@ func parseLink(s string) (time.Duration, error) {
 	return d, nil
 }
 
-// homefsTable has two rows for each piece of work, in the order of the first samples.
+// homefsTable has a row for each piece of work and peer, in the order of the first samples.
 type homefsTable []*pairs
 
 func homefsName(s filebench.Sample) string {
@@ -92,14 +99,20 @@ func homefsName(s filebench.Sample) string {
 }
 
 func (t *homefsTable) add(s filebench.Sample) {
-	name := homefsName(s)
-	i := slices.IndexFunc(*t, func(p *pairs) bool { return p.name == name })
-	if i < 0 {
-		i = len(*t)
-		*t = append(*t, &pairs{name: name, unit: "s", peerName: "sshfs"}, &pairs{name: name, unit: "s", peerName: "local disk"})
+	for _, p := range []struct {
+		name string
+		took float64
+	}{{"sshfs", s.SSHFS}, {"local disk", s.Disk}} {
+		if p.took == 0 {
+			continue // left out
+		}
+		i := slices.IndexFunc(*t, func(row *pairs) bool { return row.name == homefsName(s) && row.peerName == p.name })
+		if i < 0 {
+			i = len(*t)
+			*t = append(*t, &pairs{name: homefsName(s), unit: "s", peerName: p.name})
+		}
+		(*t)[i].add(s.Ours, p.took)
 	}
-	(*t)[i].add(s.Ours, s.SSHFS)
-	(*t)[i+1].add(s.Ours, s.Disk)
 }
 
 // The processes of bench homefs: the one that measures, and the two that agents

@@ -24,6 +24,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -40,6 +41,8 @@ const Verb = "bench-homefs-inside"
 type Config struct {
 	// Dir is a folder on the disk that is compared and that holds the home's files.
 	Dir string
+	// NoSSHFS leaves sshfs out, whose server not every machine should have.
+	NoSSHFS bool
 	// Links are the round-trip times of the links; 0 is loopback as it is.
 	Links  []time.Duration
 	Runs   int // rounds for each link
@@ -53,7 +56,7 @@ type Sample struct {
 	Link time.Duration
 	Work string // a name of Works
 	Run  int    // from 1
-	// Seconds it took.
+	// Seconds it took; SSHFS is 0 when it was left out.
 	Ours, SSHFS, Disk float64
 }
 
@@ -81,10 +84,16 @@ func (c Config) check() error {
 	return bad.Err(fault.Usage, "read flags of", "mosimg bench homefs", "")
 }
 
-// needed are the programs that are run, and the Debian packages they come from.
-var needed = []struct{ program, pkg string }{
-	{"sshfs", "sshfs"}, {"sshd", "openssh-server"}, {"ssh", "openssh-client"}, {"ssh-keygen", "openssh-client"},
+type program struct{ name, pkg string }
+
+// needed are the programs that are run, and the Debian packages they come from;
+// neededBySSHFS those only for it.
+var needed = []program{
 	{"git", "git"}, {"tar", "tar"}, {"dd", "coreutils"}, {"python3", "python3"}, {"sh", "dash"},
+}
+
+var neededBySSHFS = []program{
+	{"sshfs", "sshfs"}, {"sshd", "openssh-server"}, {"ssh", "openssh-client"}, {"ssh-keygen", "openssh-client"},
 }
 
 // path is where programs are looked for: sshd is in none of a user's folders.
@@ -101,19 +110,30 @@ func find(program, search string) (string, bool) {
 	return "", false
 }
 
-func checkMachine(search string) error {
+func (c Config) checkMachine(search string) error {
 	const op, object = "measure", "home files"
 	if os.Geteuid() != 0 {
 		return fault.New(fault.Refused, op, object, "only root can mount and make namespaces", "run this as root")
 	}
+	all := needed
+	if !c.NoSSHFS {
+		all = slices.Concat(neededBySSHFS, needed)
+	}
 	var missing, pkgs []string
-	for _, n := range needed {
-		if _, ok := find(n.program, search); !ok {
-			missing, pkgs = append(missing, n.program), append(pkgs, n.pkg)
+	for _, p := range all {
+		if _, ok := find(p.name, search); !ok {
+			missing = append(missing, p.name)
+			if !slices.Contains(pkgs, p.pkg) {
+				pkgs = append(pkgs, p.pkg)
+			}
 		}
 	}
 	if len(missing) > 0 {
-		return fault.New(fault.Environment, op, object, "not found: "+strings.Join(missing, ", "), "apt-get install "+strings.Join(pkgs, " "))
+		help := "apt-get install " + strings.Join(pkgs, " ")
+		if !c.NoSSHFS {
+			help += "; --sshfs=false measures without sshfs"
+		}
+		return fault.New(fault.Environment, op, object, "not found: "+strings.Join(missing, ", "), help)
 	}
 	if _, err := os.Stat("/dev/fuse"); err != nil {
 		return fault.New(fault.Environment, op, object, err, "the kernel needs FUSE: modprobe fuse")
@@ -126,7 +146,7 @@ func Run(ctx context.Context, conf Config, messages io.Writer, each func(Sample)
 	if err := conf.check(); err != nil {
 		return err
 	}
-	if err := checkMachine(path); err != nil {
+	if err := conf.checkMachine(path); err != nil {
 		return err
 	}
 	if conf.Dir, err = os.MkdirTemp(conf.Dir, "mosimg-bench-"); err != nil {

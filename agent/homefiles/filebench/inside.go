@@ -40,14 +40,18 @@ func Main(ctx context.Context, config string, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	sshfs, err := newSSHFS(ctx)
-	if err != nil {
-		return err
+	peers := []peer{ours, disk{}}
+	if !conf.NoSSHFS {
+		sshfs, err := newSSHFS(ctx)
+		if err != nil {
+			return err
+		}
+		peers = append(peers, sshfs)
 	}
 	enc := json.NewEncoder(out)
 	for _, link := range conf.Links {
 		for n := range conf.Runs {
-			r := round{conf: conf, link: link, run: n + 1, peers: []peer{ours, sshfs, disk{}}}
+			r := round{conf: conf, link: link, run: n + 1, peers: peers}
 			if err := r.do(ctx, works, enc.Encode); err != nil {
 				return fmt.Errorf("round %d, link %v: %w", n+1, link, err)
 			}
@@ -96,7 +100,7 @@ type round struct {
 	conf  Config
 	link  time.Duration
 	run   int
-	peers []peer // ours, sshfs, disk
+	peers []peer // ours, disk, and sshfs if it is not left out
 }
 
 func (r round) do(ctx context.Context, works []work, emit func(any) error) (err error) {
@@ -127,7 +131,11 @@ func (r round) do(ctx context.Context, works []work, emit func(any) error) (err 
 				return err
 			}
 		}
-		if err := emit(Sample{Link: r.link, Work: w.name, Run: r.run, Ours: took[0], SSHFS: took[1], Disk: took[2]}); err != nil {
+		s := Sample{Link: r.link, Work: w.name, Run: r.run, Ours: took[0], Disk: took[1]}
+		if len(took) > 2 {
+			s.SSHFS = took[2]
+		}
+		if err := emit(s); err != nil {
 			return err
 		}
 	}
