@@ -1,6 +1,7 @@
 package upgrade_test
 
 import (
+	"errors"
 	"io"
 	"net"
 	"testing"
@@ -44,7 +45,7 @@ func TestHangUp(t *testing.T) {
 		if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 			t.Errorf("%s reads %v; want io.EOF", who, err)
 		}
 	}
@@ -52,7 +53,7 @@ func TestHangUp(t *testing.T) {
 	if err := upgrade.HangUp(a); err != nil {
 		t.Errorf("a connection inside this process: %v", err)
 	}
-	if _, err := b.Read(make([]byte, 1)); err != io.EOF {
+	if _, err := b.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("its peer reads %v; want io.EOF", err)
 	}
 	if _, err := upgrade.BareOf(b); err == nil {
