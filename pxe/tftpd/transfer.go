@@ -13,6 +13,8 @@ const (
 	// waits of 1, 2, 4, 8, 8 and 8 s a machine that is gone is given up
 	// after half a minute.
 	maxTries = 5
+	// minPause is the least time between the word of a gap and its repair.
+	minPause = time.Millisecond
 )
 
 // transfer is one file on its way to one client: what was sent, what was
@@ -36,8 +38,15 @@ type transfer struct {
 	sentAt time.Time // when the last step's packets went out
 	heard  time.Time // the last acknowledgement of something new
 	rtt    time.Duration
+	// timed is the block (0 is the OACK) whose acknowledgement tells the
+	// next rtt, sent once at timedAt; the latter is zero when there is none.
+	timed   uint64
+	timedAt time.Time
 	// repaired: the window was sent again since the last progress.
 	repaired bool
+	// gap: the client acknowledged a part of the window; at due the rest
+	// is sent again.
+	gap bool
 
 	resent uint64 // packets sent again, for the log
 }
@@ -75,9 +84,10 @@ func (t *transfer) started() bool { return !t.heard.IsZero() }
 
 // start is the answer to the request, at first or when the client begins again.
 func (t *transfer) start(now time.Time) step {
-	t.acked, t.sent, t.tries, t.repaired = 0, 0, 0, false
+	t.acked, t.sent, t.tries, t.repaired, t.gap, t.timedAt = 0, 0, 0, false, false, time.Time{}
 	t.offering = len(t.answer) > 0
 	if t.offering {
+		t.timed, t.timedAt = 0, now
 		t.sending(now)
 		return step{oack: true}
 	}
@@ -115,9 +125,17 @@ func (t *transfer) packet(now time.Time, p []byte) step {
 	if t.acked == t.blocks {
 		return step{outcome: finished}
 	}
-	// A client that misses a block acknowledges the one before it, in the
-	// middle of the window: the next window begins there (RFC 7440 section 4).
-	return t.nextWindow(now)
+	do := t.nextWindow(now)
+	// In the middle of the window it means that the client misses what comes
+	// next, and that the next window begins there (RFC 7440 section 4). But
+	// many acknowledge so a block that came twice, too, and then have all
+	// of the window. So the window moves on, and what was sent before is
+	// sent again when no other ACK comes in the time that one takes: who
+	// does it at once sends everything several times on such a network.
+	if t.gap = do.from > t.acked+1 || do.from == 0; t.gap {
+		t.due = now.Add(max(t.rtt*5/4, minPause))
+	}
+	return do
 }
 
 // repeated is an ACK of nothing new. In lock-step it is never answered, since
@@ -138,6 +156,10 @@ func (t *transfer) repeated(now time.Time) step {
 func (t *transfer) expire(now time.Time) step {
 	if now.Before(t.due) {
 		return step{}
+	}
+	if t.gap {
+		t.gap, t.repaired = false, true
+		return t.resend(now)
 	}
 	if t.tries == maxTries {
 		return step{outcome: silent, err: t.silence()}
@@ -184,22 +206,30 @@ func (t *transfer) gone() step {
 
 // progress notes an acknowledgement of something new.
 func (t *transfer) progress(now time.Time) {
-	if t.tries == 0 && !t.repaired {
-		// What was sent twice tells no time (Karn's rule).
-		t.rtt = max(now.Sub(t.sentAt), 1)
+	if !t.timedAt.IsZero() && t.acked >= t.timed {
+		t.rtt, t.timedAt = max(now.Sub(t.timedAt), 1), time.Time{}
 	}
-	t.heard, t.tries, t.repaired = now, 0, false
+	t.heard, t.tries, t.repaired, t.gap = now, 0, false, false
 }
 
-func (t *transfer) nextWindow(now time.Time) step {
+// nextWindow is what of the window after the acknowledged blocks was not sent yet.
+func (t *transfer) nextWindow(now time.Time) (do step) {
+	from := t.sent + 1
 	t.sent = min(t.acked+uint64(t.window), t.blocks)
+	if from <= t.sent {
+		do.from, do.to = from, t.sent
+		if t.timedAt.IsZero() {
+			t.timed, t.timedAt = t.sent, now
+		}
+	}
 	t.sending(now)
-	return step{from: t.acked + 1, to: t.sent}
+	return do
 }
 
 // resend repeats what is not acknowledged.
 func (t *transfer) resend(now time.Time) step {
 	t.sending(now)
+	t.timedAt = time.Time{} // what was sent twice tells no time (Karn's rule)
 	if t.offering {
 		t.resent++
 		return step{oack: true}
