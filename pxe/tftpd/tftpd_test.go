@@ -345,7 +345,7 @@ func TestSamePortAnotherRequest(t *testing.T) {
 // With a range of ports files come from it alone; with more clients than
 // ports the rest wait for their turn and are served.
 func TestPortRange(t *testing.T) {
-	const first, last = 41100, 41101
+	const first, last = 21100, 21101
 	addr, _, loader, _ := start(t, func(s *Server) { s.Ports = Ports{First: first, Last: last} })
 	c := newRaw(t, addr)
 	c.ask(rrq("snponly.efi"))
