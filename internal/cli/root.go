@@ -91,6 +91,8 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 		newTickerCmd,
 		newBenchWorkCmd,
 		newHomefsInsideCmd,
+		newServingInsideCmd,
+		newServingServerCmd,
 		newKeeperCmd,
 		newMountCmd,
 	} {
