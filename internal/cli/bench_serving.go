@@ -12,7 +12,7 @@ import (
 
 // newBenchTFTPCmd is `mosimg bench tftp`.
 func newBenchTFTPCmd(env *Env) *cobra.Command {
-	return newBenchServingCmd(env, bootbench.Config{Kind: bootbench.TFTP, KiB: 1024}, &cobra.Command{
+	return newBenchServingCmd(env, bootbench.Config{Kind: bootbench.TFTP, KiB: 2048}, &cobra.Command{
 		Use:   "tftp",
 		Short: "MB/s of boot loaders: our TFTP server beside dnsmasq and tftpd-hpa",
 		Long: `Tftp fetches a file from our TFTP server, dnsmasq and tftpd-hpa by turns, with the

@@ -157,30 +157,24 @@ func (v *serving) packet(ctx context.Context, client netip.AddrPort, p []byte) {
 	}
 }
 
-// launch runs a session and those that get its place after it. v.mu is held.
+// launch answers a session's client until it wants nothing more, and then
+// those that get its place. v.mu is held.
 func (v *serving) launch(ctx context.Context, s *session) {
 	v.wg.Go(func() {
 		for s != nil {
-			v.session(ctx, s)
 			v.mu.Lock()
-			s = v.admission.end(time.Now(), s)
+			packet := s.wanted
+			s.wanted = ""
+			if packet == "" || s.state == stateEvicted || ctx.Err() != nil {
+				s = v.admission.end(time.Now(), s)
+				packet = ""
+			}
 			v.mu.Unlock()
+			if packet != "" {
+				v.answer(ctx, s, packet)
+			}
 		}
 	})
-}
-
-// session answers a client until it wants nothing more.
-func (v *serving) session(ctx context.Context, s *session) {
-	for ctx.Err() == nil {
-		v.mu.Lock()
-		wanted, evicted := s.wanted, s.state == stateEvicted
-		s.wanted = ""
-		v.mu.Unlock()
-		if wanted == "" || evicted {
-			return
-		}
-		v.answer(ctx, s, wanted)
-	}
 }
 
 // answer serves one request.

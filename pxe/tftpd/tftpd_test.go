@@ -342,6 +342,28 @@ func TestSamePortAnotherRequest(t *testing.T) {
 	}
 }
 
+// A ROM that always uses one port asks for its next file as soon as it has the
+// last block of the one before, while the server is still tidying up after it.
+func TestSamePortInARow(t *testing.T) {
+	addr, _, _, _ := start(t)
+	c := newRaw(t, addr)
+	began := time.Now()
+	for n := range 300 {
+		name := []string{"undionly.kpxe", "ipxe.efi"}[n%2]
+		c.ask(rrq(name))
+		for {
+			p, from := c.next()
+			if string(p[4:]) == name+" one" {
+				c.WriteTo(ackPacket(1), from)
+				break
+			}
+		}
+	}
+	if d := time.Since(began); d > 100*time.Second {
+		t.Errorf("300 small files took %v: requests are lost", d)
+	}
+}
+
 // With a range of ports files come from it alone; with more clients than
 // ports the rest wait for their turn and are served.
 func TestPortRange(t *testing.T) {
