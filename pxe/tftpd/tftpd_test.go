@@ -374,8 +374,21 @@ func TestPortRange(t *testing.T) {
 	if _, from := c.next(); from.Port < first || from.Port > last {
 		t.Errorf("a block comes from port %d", from.Port)
 	}
+	storm(t, addr, loader, 6)
+}
+
+// More machines are switched on at once than are served at a time: all of them
+// get their loader.
+func TestBootStorm(t *testing.T) {
+	addr, _, loader, _ := start(t)
+	storm(t, addr, loader, maxTransfers+100)
+}
+
+// storm fetches with many clients at once.
+func storm(t *testing.T, addr, want string, clients int) {
+	t.Helper()
 	var wg sync.WaitGroup
-	for range 6 {
+	for range clients {
 		wg.Go(func() {
 			c, err := tftp.NewClient(addr)
 			if err != nil {
@@ -384,14 +397,14 @@ func TestPortRange(t *testing.T) {
 			}
 			c.SetBlockSize(1468)
 			c.SetTimeout(2 * time.Second)
-			c.SetRetries(20)
+			c.SetRetries(30)
 			wt, err := c.Receive("snponly.efi", "octet")
 			if err != nil {
 				t.Error(err)
 				return
 			}
 			var b bytes.Buffer
-			if _, err := wt.WriteTo(&b); err != nil || b.String() != loader {
+			if _, err := wt.WriteTo(&b); err != nil || b.String() != want {
 				t.Errorf("%d bytes, %v", b.Len(), err)
 			}
 		})
