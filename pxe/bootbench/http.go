@@ -61,7 +61,7 @@ func httpRound(ctx context.Context, conf Config, servers []*server, addrs []stri
 	speed, cost := make([]float64, len(servers)), make([]float64, len(servers))
 	size := conf.KiB << 10
 	// The clock of CPU time has steps of 10 ms.
-	times := max(1, enough/(size*clients))
+	times := int(max(1, enough/(int64(size)*int64(clients))))
 	if link != linkName(0) {
 		times = 1
 	}
@@ -84,7 +84,7 @@ func httpRound(ctx context.Context, conf Config, servers []*server, addrs []stri
 		if err := errors.Join(errs...); err != nil {
 			return fmt.Errorf("%s, link %s, %d clients: %w", s.name, link, clients, err)
 		}
-		bytes := float64(size) * float64(times*clients)
+		bytes := float64(size) * float64(times) * float64(clients)
 		speed[i] = bytes / 1e6 / time.Since(began).Seconds()
 		after, err := s.cpu()
 		if err != nil {
@@ -103,7 +103,7 @@ func httpRound(ctx context.Context, conf Config, servers []*server, addrs []stri
 }
 
 // enough bytes for one measurement over loopback.
-const enough = 8 << 30
+const enough int64 = 8 << 30
 
 // fetchHTTP gets a file and throws it away in the kernel, so that it is the
 // server that is measured and not the client.
