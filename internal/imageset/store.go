@@ -134,6 +134,10 @@ func copyDurably(from, to string) error {
 
 // serve makes a set of the store the current one of its architecture.
 func (s Store) serve(m *Manifest) error {
+	// It becomes a part of file names here.
+	if m.Arch == "" || strings.Trim(m.Arch, "abcdefghijklmnopqrstuvwxyz0123456789") != "" {
+		return fmt.Errorf("the manifest's architecture %q is not one word", m.Arch)
+	}
 	past, err := s.History(m.Arch)
 	if err != nil {
 		return err

@@ -189,3 +189,23 @@ func TestPublishChecksEveryByte(t *testing.T) {
 		t.Errorf("Rollback during a publish = %v; want unavailable", err)
 	}
 }
+
+// A manifest's words do not lead out of the store.
+func TestPublishRefusesAPathAsArchitecture(t *testing.T) {
+	s := Store{t.TempDir()}
+	for _, arch := range []string{"", "../../x", "a/b", "amd64\n"} {
+		dir := t.TempDir()
+		m := writeSet(t, dir, "kernel")
+		m.Arch = arch
+		m.ID = m.ComputeID()
+		if err := m.Write(dir); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Publish(dir, 3); err == nil || !strings.Contains(err.Error(), "architecture") {
+			t.Errorf("Publish of a set for %q = %v; want a refusal", arch, err)
+		}
+	}
+	if links, _ := filepath.Glob(filepath.Join(s.Dir, "current-*")); len(links) > 0 {
+		t.Errorf("made: %v", links)
+	}
+}
