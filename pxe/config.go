@@ -9,6 +9,7 @@ import (
 
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
+	"mosimg/pxe/tftpd"
 )
 
 // DHCPMode says whether the head gives out addresses.
@@ -47,10 +48,15 @@ type Config struct {
 	Run string
 	// Ports; 0 is the standard one (80, 69, api.HeadPort, 67).
 	HTTPPort, TFTPPort, APIPort, DHCPPort int
+	// TFTPPorts are the ports that boot loaders are sent from: "" for any,
+	// "single" for TFTPPort, or a range such as "40000-40255".
+	TFTPPorts string
 	// Log gets the boot trace and everything else; nil is silent.
 	Log *slog.Logger
 	// Started is called once when everything is being served; may be nil.
 	Started func(Info)
+
+	tftpPorts tftpd.Ports // TFTPPorts, read by complete
 }
 
 // Default places.
@@ -95,6 +101,10 @@ func (c *Config) complete() error {
 		if port < 1 || port > 65535 {
 			l.Addf("%s %d: want 1 to 65535", flag, port)
 		}
+	}
+	var err error
+	if c.tftpPorts, err = tftpd.ParsePorts(c.TFTPPorts); err != nil {
+		l.Addf("--tftp-ports: %v", err)
 	}
 	if c.HTTPPort == c.APIPort {
 		l.Addf("--http-port and --api-port are both %d", c.HTTPPort)

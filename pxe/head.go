@@ -301,7 +301,12 @@ func (h *Head) newEnrol() {
 	h.enrol = &enrol.Service{
 		Store: h.store, Prober: enrol.AgentProber{}, CheckSource: h.cfg.DHCP != DHCPOff,
 		Listed: listed, Names: h.cluster.Names(), Log: h.cfg.Log,
-		Offered: func(string) string { return h.images.Pick().Manifest.ID },
+		Offered: func(arch string) string {
+			if set := h.images.Current()[arch]; set != nil {
+				return set.Manifest.ID
+			}
+			return h.images.Pick().Manifest.ID
+		},
 	}
 }
 

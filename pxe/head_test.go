@@ -677,3 +677,18 @@ networks:
 		t.Errorf("enrol = %+v, %v", reply, err)
 	}
 }
+
+// A range of ports that cannot be is told at the start, not when the first
+// machine boots.
+func TestBadTFTPPorts(t *testing.T) {
+	for _, ports := range []string{"x", "5-4", "0-9", "1-70000"} {
+		cfg := Config{TFTPPorts: ports}
+		if err := cfg.complete(); fault.KindOf(err) != fault.Usage || !strings.Contains(err.Error(), "--tftp-ports") {
+			t.Errorf("--tftp-ports %s: %v; want a fault of kind Usage that names the flag", ports, err)
+		}
+	}
+	cfg := Config{TFTPPorts: "40000-40255"}
+	if err := cfg.complete(); err != nil || cfg.tftpPorts.First != 40000 {
+		t.Errorf("--tftp-ports 40000-40255: %v, %+v", err, cfg.tftpPorts)
+	}
+}

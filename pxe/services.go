@@ -99,7 +99,7 @@ func (h *Head) bind(ctx context.Context) (s services, err error) {
 		if err != nil {
 			return bad("TFTP on "+n.Name, err)
 		}
-		tftp := &tftpd.Server{Loader: h.images.Loader, MAC: h.macOf, MTU: n.MTU, Log: h.cfg.Log}
+		tftp := &tftpd.Server{Loader: h.images.Loader, MAC: h.macOf, MTU: n.MTU, Ports: h.cfg.tftpPorts, Log: h.cfg.Log}
 		s = append(s, service{"TFTP on " + n.Name, udp, func(ctx context.Context) error { return tftp.Serve(ctx, udp) }})
 
 		var lc net.ListenConfig

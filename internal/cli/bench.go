@@ -57,7 +57,7 @@ the figures of one, with the commands.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(newBenchBuildCmd(env), newBenchBootCmd(env), newBenchMigrateCmd(env), newBenchHomefsCmd(env), newBenchRunCmd(env))
+	c.AddCommand(newBenchBuildCmd(env), newBenchBootCmd(env), newBenchTFTPCmd(env), newBenchHTTPCmd(env), newBenchMigrateCmd(env), newBenchHomefsCmd(env), newBenchRunCmd(env))
 	return c
 }
 

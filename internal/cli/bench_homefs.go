@@ -39,7 +39,7 @@ take about half an hour, most of it for small files over 1 ms.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
 			for _, l := range links {
-				d, err := parseLink(l)
+				d, err := parseLink("homefs", l)
 				if err != nil {
 					return err
 				}
@@ -76,13 +76,14 @@ take about half an hour, most of it for small files over 1 ms.`,
 	return c
 }
 
-func parseLink(s string) (time.Duration, error) {
+// parseLink reads a --link of `mosimg bench KIND`.
+func parseLink(kind, s string) (time.Duration, error) {
 	if s == "none" {
 		return 0, nil
 	}
 	d, err := time.ParseDuration(s)
 	if err != nil || d <= 0 {
-		return 0, fault.New(fault.Usage, "read flags of", "mosimg bench homefs", fmt.Sprintf("--link %q is neither none nor a time as 1ms", s), "")
+		return 0, fault.New(fault.Usage, "read flags of", "mosimg bench "+kind, fmt.Sprintf("--link %q is neither none nor a time as 1ms", s), "")
 	}
 	return d, nil
 }

@@ -36,6 +36,8 @@ func TestBenchRefusesWrongFlags(t *testing.T) {
 		"--starts": {"run", "--starts", "0"},
 		"--work":   {"run", "--work", "1ns"},
 		"--wrong":  {"homefs", "--wrong"},
+		"--kib":    {"tftp", "--kib", "0"},
+		"5parsec":  {"http", "--link", "5parsec"},
 	} {
 		var out, complaint bytes.Buffer
 		status := Main(t.Context(), &Env{Stdout: &out, Stderr: &complaint, Args: append([]string{"bench"}, args...)})

@@ -53,6 +53,7 @@ DHCP, or that leads to other networks, is refused unless it is named with
 	f.StringVar(&cfg.Run, "run", api.RunDir, "folder of the admin socket and the local ticket")
 	f.IntVar(&cfg.HTTPPort, "http-port", 80, "port of the boot files")
 	f.IntVar(&cfg.TFTPPort, "tftp-port", 69, "port of the boot loaders")
+	f.StringVar(&cfg.TFTPPorts, "tftp-ports", "", "send boot loaders from these ports, for firewalls: a range such as 40000-40255, or single (that of --tftp-port)")
 	f.IntVar(&cfg.APIPort, "api-port", api.HeadPort, "port of the head API")
 	f.IntVar(&cfg.DHCPPort, "dhcp-port", 67, "port of DHCP, for tests")
 	f.BoolVar(&verbose, "verbose", false, "log details")

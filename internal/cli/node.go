@@ -203,7 +203,7 @@ func (n *nodeCmd) list(ctx context.Context) error {
 // nodeTable prints one line for each machine, and its alert below it.
 func nodeTable(w io.Writer, recs []api.NodeRecord, now time.Time) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(t, "NODE\tNAME\tSTATE\tALIVE\tSINCE\tADDRESS\tMAC\tIMAGE\tCPUS\tMEMORY\tFINGERPRINT")
+	fmt.Fprintln(t, "NODE\tNAME\tSTATE\tALIVE\tSINCE\tADDRESS\tMAC\tRUNS\tOFFERED\tREBOOT\tCPUS\tMEMORY\tFINGERPRINT")
 	var alerts []string
 	for _, r := range recs {
 		cpus, mem := "-", "-"
@@ -218,8 +218,8 @@ func nodeTable(w io.Writer, recs []api.NodeRecord, now time.Time) error {
 		if r.Node != 0 {
 			number = fmt.Sprint(r.Node)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", number, dash(r.Name), stateWord(r), dash(string(r.Liveness)),
-			since, dash(r.Address), r.MAC, dash(short(r.Image)), cpus, mem, dash(r.Fingerprint))
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", number, dash(r.Name), stateWord(r), dash(string(r.Liveness)),
+			since, dash(r.Address), r.MAC, dash(short(r.Image)), dash(short(r.Offered)), dash(reboot(r)), cpus, mem, dash(r.Fingerprint))
 		if r.Alert != "" {
 			alerts = append(alerts, fmt.Sprintf("ALERT %s: %s", label(r), r.Alert))
 		}
@@ -239,6 +239,18 @@ func stateWord(r api.NodeRecord) string {
 		return string(r.State) + ",drained"
 	}
 	return string(r.State)
+}
+
+// reboot says what a boot would do to the image that a machine runs: "" when
+// it was not booted from one, or it is not known what it would get.
+func reboot(r api.NodeRecord) string {
+	switch {
+	case r.Image == "" || r.Offered == "":
+		return ""
+	case r.Image == r.Offered:
+		return "same"
+	}
+	return "changes"
 }
 
 func dash(s string) string {
@@ -294,6 +306,12 @@ func showNode(w io.Writer, r api.NodeRecord) error {
 	row("fingerprint", "%s", dash(r.Fingerprint))
 	row("image running", "%s", dash(r.Image))
 	row("image offered", "%s", dash(r.Offered))
+	switch reboot(r) {
+	case "same":
+		row("a reboot", "boots the same image")
+	case "changes":
+		row("a reboot", "boots the image offered")
+	}
 	row("first seen", "%s", r.FirstSeen.Format(time.RFC3339))
 	row("last seen", "%s", r.LastSeen.Format(time.RFC3339))
 	if v := r.Inventory; v != nil {

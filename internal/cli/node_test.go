@@ -68,6 +68,8 @@ func mosimg(t *testing.T, args ...string) (status int, stdout, stderr string) {
 func TestNodeLs(t *testing.T) {
 	h := &fakeHead{recs: []api.NodeRecord{
 		{Node: 1, Name: "head", MAC: "52:54:00:00:00:01", Address: "10.77.0.1", State: api.Approved, Role: "head", Fingerprint: "aaaa-bbbb-cccc-dddd", Inventory: &api.Inventory{CPUs: 4, MemoryBytes: 16 << 30}},
+		{Node: 2, Name: "node2", MAC: "52:54:00:00:00:02", State: api.Approved, Image: strings.Repeat("a", 64), Offered: strings.Repeat("a", 64)},
+		{Node: 3, Name: "node3", MAC: "52:54:00:00:00:04", State: api.Approved, Image: strings.Repeat("a", 64), Offered: strings.Repeat("b", 64)},
 		{MAC: "52:54:00:00:00:03", State: api.Pending, Alert: "two machines with this MAC"},
 	}}
 	head := h.start(t)
@@ -82,13 +84,15 @@ func TestNodeLs(t *testing.T) {
 		t.Fatalf("status %d, stderr %q", status, errs)
 	}
 	lines := strings.Split(strings.TrimSpace(out), "\n")
-	if len(lines) != 4 {
+	if len(lines) != 6 {
 		t.Fatalf("output:\n%s", out)
 	}
 	for i, want := range []string{
-		"NODE NAME STATE ALIVE SINCE ADDRESS MAC IMAGE CPUS MEMORY FINGERPRINT",
-		"1 head approved alive 3h 10.77.0.1 52:54:00:00:00:01 - 4 16G aaaa-bbbb-cccc-dddd",
-		"- - pending - - - 52:54:00:00:00:03 - - - -",
+		"NODE NAME STATE ALIVE SINCE ADDRESS MAC RUNS OFFERED REBOOT CPUS MEMORY FINGERPRINT",
+		"1 head approved alive 3h 10.77.0.1 52:54:00:00:00:01 - - - 4 16G aaaa-bbbb-cccc-dddd",
+		"2 node2 approved - - - 52:54:00:00:00:02 aaaaaaaaaaaa aaaaaaaaaaaa same - - -",
+		"3 node3 approved - - - 52:54:00:00:00:04 aaaaaaaaaaaa bbbbbbbbbbbb changes - - -",
+		"- - pending - - - 52:54:00:00:00:03 - - - - - -",
 		"ALERT 52:54:00:00:00:03: two machines with this MAC",
 	} {
 		if got := strings.Join(strings.Fields(lines[i]), " "); got != want {
@@ -99,7 +103,7 @@ func TestNodeLs(t *testing.T) {
 	// Without an agent the list is still good, and says what it lacks.
 	status, out, errs = mosimg(t, "node", "ls", "--json", "--socket", head, "--agent-socket", "/nonexistent")
 	var recs []api.NodeRecord
-	if err := json.Unmarshal([]byte(out), &recs); err != nil || status != 0 || len(recs) != 2 {
+	if err := json.Unmarshal([]byte(out), &recs); err != nil || status != 0 || len(recs) != 4 {
 		t.Errorf("status %d, %v, output %s", status, err, out)
 	}
 	if strings.Count(errs, "\n") != 1 || !strings.Contains(errs, "alive") {

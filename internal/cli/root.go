@@ -81,6 +81,7 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 	})
 	for _, verb := range []func(*Env) *cobra.Command{
 		newBuildCmd,
+		newImageCmd,
 		newHeadCmd,
 		newNodeCmd,
 		newJobCmd,
@@ -90,6 +91,8 @@ diskless machines over DHCP, TFTP and HTTP, and shows the cluster they form.`,
 		newTickerCmd,
 		newBenchWorkCmd,
 		newHomefsInsideCmd,
+		newServingInsideCmd,
+		newServingServerCmd,
 		newKeeperCmd,
 		newMountCmd,
 	} {

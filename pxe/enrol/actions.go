@@ -34,7 +34,11 @@ func (s *Service) public(n *registry.Node) api.NodeRecord {
 		r.LastSeen = t
 	}
 	if s.Offered != nil {
-		r.Offered = s.Offered(n.MAC)
+		arch := ""
+		if n.Inventory != nil {
+			arch = n.Inventory.Arch
+		}
+		r.Offered = s.Offered(arch)
 	}
 	return r
 }

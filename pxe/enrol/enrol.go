@@ -70,8 +70,9 @@ type Service struct {
 	Listed map[string]bool
 	// Names are node names by MAC.
 	Names map[string]string
-	// Offered names the image set that a machine's next boot gets; may be nil.
-	Offered func(mac string) string
+	// Offered names the image set that the next boot of a machine gets which
+	// runs one for arch ("" if that is not known); may be nil.
+	Offered func(arch string) string
 	// TicketUsed is called when the local ticket was used and must be
 	// written anew; may be nil.
 	TicketUsed func()

@@ -11,6 +11,7 @@ package httpd
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -105,11 +106,20 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, f *images.File) {
 	}
 	h.Set("Content-Type", typ)
 	h.Set("ETag", `"`+f.SHA256+`"`)
+	// A file and not a reader of one: the kernel sends it from its page
+	// cache, without a copy in this process (sendfile).
+	body, err := f.Open()
+	if err != nil {
+		s.log().Error("http: open file of the image set", "file", f.Name, "error", err.Error())
+		refuse(w, http.StatusInternalServerError, "internal fault; see the head's log")
+		return
+	}
+	defer body.Close()
 	cw := &countingWriter{ResponseWriter: w}
 	start := time.Now()
 	// No modification time: the hash in the ETag is the better validator,
 	// and reproducible builds share their times.
-	http.ServeContent(cw, r, path.Base(f.Name), time.Time{}, f.Reader())
+	http.ServeContent(cw, r, path.Base(f.Name), time.Time{}, body)
 	if r.Method != http.MethodGet || cw.n == 0 {
 		return
 	}
@@ -118,6 +128,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, f *images.File) {
 	if r.Context().Err() != nil || cw.err != nil {
 		s.log().Warn("http: transfer broken off", "mac", s.mac(from), "address", from, "file", f.Name, "bytes", cw.n, "of", f.Size, "took", took)
 		return
+	}
+	if !f.Intact() {
+		s.log().Error("http: somebody wrote into a file while it was being sent: this machine has a broken image", "mac", s.mac(from), "address", from, "file", f.Name)
 	}
 	stage, ok := stages[f.Name]
 	if !ok {
@@ -220,6 +233,14 @@ type countingWriter struct {
 func (c *countingWriter) Write(b []byte) (int, error) {
 	n, err := c.ResponseWriter.Write(b)
 	c.n += int64(n)
+	c.err = errors.Join(c.err, err)
+	return n, err
+}
+
+// ReadFrom is what sendfile needs: net/http's own writer does the work.
+func (c *countingWriter) ReadFrom(r io.Reader) (int64, error) {
+	n, err := io.Copy(c.ResponseWriter, r)
+	c.n += n
 	c.err = errors.Join(c.err, err)
 	return n, err
 }

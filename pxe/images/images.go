@@ -12,6 +12,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"runtime"
 	"sort"
 	"strings"
 	"sync"
@@ -38,6 +39,13 @@ type File struct {
 // Reader reads the file from its beginning.
 func (f *File) Reader() *io.SectionReader { return io.NewSectionReader(f.f, 0, f.Size) }
 
+// Open opens the file anew, with a position of its own, for sendfile. It is the
+// very file that was verified, also when its name is gone or another's.
+func (f *File) Open() (*os.File, error) {
+	defer runtime.KeepAlive(f) // and with it the descriptor
+	return os.Open(fmt.Sprintf("/proc/self/fd/%d", f.f.Fd()))
+}
+
 // Bytes is the whole content.
 func (f *File) Bytes() ([]byte, error) {
 	b := make([]byte, f.Size)
@@ -48,8 +56,8 @@ func (f *File) Bytes() ([]byte, error) {
 	return b, err
 }
 
-// intact tells whether nobody wrote into the file since it was verified.
-func (f *File) intact() bool {
+// Intact tells whether nobody wrote into the file since it was verified.
+func (f *File) Intact() bool {
 	st, err := f.f.Stat()
 	return err == nil && st.Size() == f.Size && st.ModTime().Equal(f.modified)
 }
@@ -135,7 +143,7 @@ func (s *Store) Loader(name string) *File {
 		return nil
 	}
 	f := s.Pick().File(imageset.BootDir + "/" + name)
-	if f == nil || !f.intact() {
+	if f == nil || !f.Intact() {
 		return nil
 	}
 	return f
@@ -152,7 +160,7 @@ func (s *Store) ByHash(sha, base string) *File {
 	}
 	for _, set := range sets {
 		for name, f := range set.files {
-			if f.SHA256 == sha && path.Base(name) == base && f.intact() {
+			if f.SHA256 == sha && path.Base(name) == base && f.Intact() {
 				return f
 			}
 		}
@@ -218,7 +226,7 @@ func (s *Store) load() error {
 
 func (s *Set) intact() bool {
 	for _, f := range s.files {
-		if !f.intact() {
+		if !f.Intact() {
 			return false
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"mosimg/internal/fault"
+	"mosimg/internal/imageset"
 	"mosimg/pxe/imagetest"
 )
 
@@ -160,5 +161,31 @@ func TestNoStore(t *testing.T) {
 	}
 	if _, err := Open(dir, nil); fault.KindOf(err) != fault.Untrusted {
 		t.Errorf("a damaged set: Open = %v; want untrusted", err)
+	}
+}
+
+// What an operator does with `mosimg image` a running head serves from the
+// next request on.
+func TestPublishAndRollback(t *testing.T) {
+	dir := t.TempDir()
+	first := imagetest.Publish(t, dir, "amd64", imagetest.Files("one"))
+	s := openStore(t, dir)
+	from := t.TempDir()
+	second := imagetest.Make(t, from, "amd64", imagetest.Files("two"))
+	store := imageset.Store{Dir: dir}
+	if _, err := store.Publish(from, 3); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Pick().Manifest.ID; got != second {
+		t.Errorf("after a publish %.8s is served; want %.8s", got, second)
+	}
+	if _, err := store.Rollback("", ""); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Pick().Manifest.ID; got != first {
+		t.Errorf("after a rollback %.8s is served; want %.8s", got, first)
+	}
+	if got := content(t, s.Loader("snponly.efi")); got != "snponly.efi one" {
+		t.Errorf("the loader is %q", got)
 	}
 }

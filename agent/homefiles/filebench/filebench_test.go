@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -169,70 +168,6 @@ func TestMissingPeer(t *testing.T) {
 	}
 	if err := (Config{NoSSHFS: true}).checkMachine(t.TempDir()); err == nil || strings.Contains(err.Error(), "sshfs") {
 		t.Errorf("checkMachine = %v; want it to miss all but sshfs", err)
-	}
-}
-
-// A relay that loses, reorders or hurries bytes would make both peers' figures wrong.
-func TestRelay(t *testing.T) {
-	const roundTrip = 40 * time.Millisecond
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	go func() { // answers each connection with what it got
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				io.Copy(c, c)
-			}()
-		}
-	}()
-	ctx, cancel := context.WithCancel(t.Context())
-	addr, err := relay(ctx, l.Addr().String(), roundTrip)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := net.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(time.Minute))
-	sent := make([]byte, 40<<20) // more than is under way at once
-	for i := range sent {
-		sent[i] = byte(i * i >> 8)
-	}
-	began := time.Now()
-	go func() {
-		c.Write(sent)
-		c.(*net.TCPConn).CloseWrite()
-	}()
-	first := make([]byte, 1)
-	if _, err := io.ReadFull(c, first); err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(began); took < roundTrip {
-		t.Errorf("the first byte came back after %v; want %v or more", took, roundTrip)
-	}
-	rest, err := io.ReadAll(c)
-	if err != nil || !bytes.Equal(append(first, rest...), sent) {
-		t.Errorf("%d bytes came back, equal: %v, %v; want all %d", 1+len(rest), bytes.Equal(append(first, rest...), sent), err, len(sent))
-	}
-	cancel()
-	for until := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		c, err := net.Dial("tcp", addr)
-		if err != nil {
-			return // it has ended with its context
-		}
-		c.Close()
-		if time.Now().After(until) {
-			t.Fatal("the relay outlives its context")
-		}
 	}
 }
 

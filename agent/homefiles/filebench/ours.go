@@ -16,6 +16,7 @@ import (
 	"mosimg/agent/migrate"
 	"mosimg/internal/api"
 	"mosimg/internal/identity"
+	"mosimg/internal/slowlink"
 )
 
 // The two nodes, and the job that is at one of them and has its home at the other.
@@ -116,7 +117,7 @@ func (o *ours) mount(ctx context.Context, link time.Duration) (string, func() er
 	lctx, cut := context.WithCancel(ctx)
 	addr, err := o.home, error(nil)
 	if link > 0 {
-		addr, err = relay(lctx, o.home, link)
+		addr, err = slowlink.TCP(lctx, o.home, link)
 	}
 	if err != nil {
 		cut()

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mosimg/internal/fault"
+	"mosimg/internal/slowlink"
 )
 
 // sshfs is the peer: Debian's, with its default caches, ssh's default cipher, and
@@ -72,7 +73,7 @@ func (s *sshfs) mount(ctx context.Context, link time.Duration) (string, func() e
 	lctx, cut := context.WithCancel(ctx)
 	addr, err := s.home, error(nil)
 	if link > 0 {
-		addr, err = relay(lctx, s.home, link)
+		addr, err = slowlink.TCP(lctx, s.home, link)
 	}
 	var port string
 	if err == nil {

@@ -1,4 +1,7 @@
-package filebench
+// Package slowlink makes links of a given delay on one machine, for
+// measurements: relays of TCP streams and of UDP packets in this process,
+// because not every kernel has netem. They lose nothing by themselves.
+package slowlink
 
 import (
 	"context"
@@ -8,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// relay passes on the connections that it gets, and each byte of them half a
+// TCP passes on the connections that it gets, and each byte of them half a
 // round trip later than it came. It ends with ctx.
-func relay(ctx context.Context, to string, roundTrip time.Duration) (addr string, err error) {
+func TCP(ctx context.Context, to string, roundTrip time.Duration) (addr string, err error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return "", err
