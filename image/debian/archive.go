@@ -298,7 +298,7 @@ func (a *Archive) addPackages(ctx context.Context, file, suffix string, s Suite,
 
 // maxDeb bounds what an index can make us download for one package: the
 // largest that we use, the kernel, has 108 MB.
-const maxDeb = 2 << 30
+const maxDeb int64 = 2 << 30
 
 // Fetch brings a package into the cache and returns the path of its .deb.
 func (f *Fetcher) Fetch(ctx context.Context, p *Package) (string, error) {
