@@ -492,7 +492,7 @@ func TestForeignServer(t *testing.T) {
 	at := netip.MustParseAddr
 	foreign := &dhcpd.Server{Handler: &dhcpd.Handler{
 		Table:  dhcpd.NewTable(dhcpd.Network{Server: at("10.77.0.66"), Subnet: netip.MustParsePrefix("10.77.0.0/24"), First: at("10.77.0.70"), Last: at("10.77.0.80")}, nil),
-		Decide: func(string, decision.Facts) decision.Answer { return decision.Answer{} },
+		Decide: func(string, decision.Facts, decision.Mode) decision.Answer { return decision.Answer{} },
 		Save:   func(dhcpd.Lease) error { return nil },
 	}}
 	b.in(func() {
