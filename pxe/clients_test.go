@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"mosimg/internal/fault"
 	"mosimg/pxe/imagetest"
 )
 
@@ -99,36 +98,5 @@ func TestTFTPProgram(t *testing.T) {
 	})
 	if data, err := os.ReadFile(got); err != nil || string(data) != files["boot/ipxe.efi"] {
 		t.Errorf("got %d bytes, %v", len(data), err)
-	}
-}
-
-// The server that a home router or libvirt runs.
-func TestForeignDnsmasq(t *testing.T) {
-	dnsmasq := need(t, "dnsmasq")
-	b := cable(t, "h0", "10.77.0.1/24")
-	b.configure("10.77.0.66/24")
-	ctx, cancel := context.WithCancel(t.Context())
-	out := new(logBuffer)
-	cmd := exec.CommandContext(ctx, dnsmasq, "--no-daemon", "--conf-file=/dev/null", "--port=0", "--interface="+b.nic, "--bind-interfaces",
-		"--dhcp-range=10.77.0.70,10.77.0.80,1h", "--dhcp-leasefile="+filepath.Join(t.TempDir(), "l"), "--user=root", "--log-dhcp", "--dhcp-authoritative")
-	cmd.Stdout, cmd.Stderr = out, out
-	b.in(func() {
-		if err := cmd.Start(); err != nil {
-			t.Error(err)
-		}
-	})
-	defer cmd.Wait()
-	defer cancel()
-	for deadline := time.Now().Add(10 * time.Second); !strings.Contains(out.String(), "DHCP, IP range") && time.Now().Before(deadline); {
-		time.Sleep(20 * time.Millisecond)
-	}
-	cfg := config(t, "h0")
-	cfg.DHCP = DHCPAuto
-	h, err := New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := runBriefly(t, h); fault.KindOf(err) != fault.Refused || !strings.Contains(err.Error(), "10.77.0.66 gives out addresses") {
-		t.Errorf("Run = %v; want a refusal\ndnsmasq:\n%s", err, out.String())
 	}
 }
