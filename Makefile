@@ -21,7 +21,7 @@ WITH_GO = go_dir=$$(scripts/bootstrap go); export PATH="$$go_dir:$$PATH";
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,-exec "sudo -E")
 
 QEMU_PACKAGES := qemu-system-x86 ipxe-qemu ovmf
-TEST_PACKAGES := $(QEMU_PACKAGES) gcc libc6-dev make git perl python3 sqlite3 xz-utils iproute2 curl tftp-hpa isc-dhcp-client udhcpc dnsmasq-base util-linux cpio zstd
+TEST_PACKAGES := $(QEMU_PACKAGES) gcc libc6-dev make git perl python3 sqlite3 xz-utils iproute2 curl tftp-hpa isc-dhcp-client udhcpc dnsmasq-base kea-admin systemd util-linux cpio zstd
 
 .PHONY: help
 help: ## Show this list
