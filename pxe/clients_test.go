@@ -82,7 +82,7 @@ func TestUdhcpc(t *testing.T) {
 // and gets another one.
 func TestUdhcpcDeclines(t *testing.T) {
 	udhcpc := need(t, "udhcpc")
-	boxes := lan(t, "h0", "10.77.0.1/24", "printer", "pc")
+	_, boxes := lan(t, "h0", "10.77.0.1/24", "printer", "pc")
 	r := start(t, config(t, "h0"))
 	ask := []string{"-f", "-n", "-q", "-A", "1", "-a300", "-i", boxes[1].nic, "-s", "/bin/true"}
 	boxes[1].until("lease of 10.77.0.128 obtained", udhcpc, ask...)

@@ -68,10 +68,10 @@ func cable(t *testing.T, headIf, headAddr string) *box {
 }
 
 // lan joins the head and some machines by a switch, which is a bridge in a
-// namespace of its own.
-func lan(t *testing.T, headIf, headAddr string, machines ...string) []*box {
+// namespace of its own; that comes back, too.
+func lan(t *testing.T, headIf, headAddr string, machines ...string) (sw *box, boxes []*box) {
 	t.Helper()
-	sw := newBox(t, "br0")
+	sw = newBox(t, "br0")
 	sw.in(func() {
 		ip(t, "link", "add", sw.nic, "type", "bridge")
 		ip(t, "link", "set", sw.nic, "up")
@@ -82,15 +82,14 @@ func lan(t *testing.T, headIf, headAddr string, machines ...string) []*box {
 	}
 	headEnd(t, headIf, headAddr, "p"+headIf)
 	join("p" + headIf)
-	var out []*box
 	for _, name := range machines {
 		b := newBox(t, name)
 		ip(t, "link", "add", name, "type", "veth", "peer", "name", "p"+name)
 		b.take(name)
 		join("p" + name)
-		out = append(out, b)
+		boxes = append(boxes, b)
 	}
-	return out
+	return sw, boxes
 }
 
 // headEnd makes a veth pair with its one end here.

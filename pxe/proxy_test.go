@@ -183,7 +183,7 @@ func (b *box) ask4011(to string, mods ...dhcpv4.Modifier) *dhcpv4.DHCPv4 {
 // leaves everything else to the router.
 func TestProxyBesideDnsmasq(t *testing.T) {
 	needNetwork(t)
-	boxes := lan(t, "h0", "10.77.0.1/24", "router", "pc")
+	_, boxes := lan(t, "h0", "10.77.0.1/24", "router", "pc")
 	router, pc := boxes[0], boxes[1]
 	router.configure("10.77.0.66/24")
 	router.dnsmasq("--dhcp-authoritative")
@@ -264,7 +264,7 @@ func TestProxyBesideDnsmasq(t *testing.T) {
 // no address any more, but does not take away what it gave.
 func TestRivalAppears(t *testing.T) {
 	needNetwork(t)
-	boxes := lan(t, "h0", "10.77.0.1/24", "router", "old", "new")
+	_, boxes := lan(t, "h0", "10.77.0.1/24", "router", "old", "new")
 	router, old, fresh := boxes[0], boxes[1], boxes[2]
 	router.configure("10.77.0.66/24")
 	cfg := config(t, "h0")
@@ -330,7 +330,7 @@ func (b *box) renew(ack *dhcpv4.DHCPv4) (reply *dhcpv4.DHCPv4) {
 // A client that takes a rival's offer is noticed long before the next look.
 func TestRivalIsHeard(t *testing.T) {
 	needNetwork(t)
-	boxes := lan(t, "h0", "10.77.0.1/24", "router", "pc")
+	_, boxes := lan(t, "h0", "10.77.0.1/24", "router", "pc")
 	boxes[0].configure("10.77.0.66/24")
 	cfg := config(t, "h0")
 	cfg.DHCP, cfg.Reprobe = DHCPAuto, time.Hour
@@ -344,7 +344,7 @@ func TestRivalIsHeard(t *testing.T) {
 // --dhcp says what to do, whoever else is there.
 func TestDHCPModes(t *testing.T) {
 	needNetwork(t)
-	boxes := lan(t, "h0", "10.77.0.1/24", "router", "pc")
+	_, boxes := lan(t, "h0", "10.77.0.1/24", "router", "pc")
 	boxes[0].configure("10.77.0.66/24")
 	boxes[0].rival()
 	bios := []dhcpv4.Modifier{class("PXEClient:Arch:00000:UNDI:002001"), arch(0)}
@@ -386,7 +386,7 @@ func TestDHCPModes(t *testing.T) {
 // answer to ARP shows.
 func TestAddressInUse(t *testing.T) {
 	needNetwork(t)
-	boxes := lan(t, "h0", "10.77.0.1/24", "printer", "pc")
+	_, boxes := lan(t, "h0", "10.77.0.1/24", "printer", "pc")
 	boxes[0].configure("10.77.0.128/24") // the first of the pool
 	r := start(t, config(t, "h0"))
 	if _, ack := boxes[1].lease(); ack.YourIPAddr.String() != "10.77.0.129" {

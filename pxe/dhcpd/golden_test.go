@@ -19,8 +19,8 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files (and fail)")
 
-// machine is a kind of client by the bytes that it sends. All requests here
-// are synthetic: made from what the named source sends, in its order.
+// machine is a kind of client by the bytes that it sends. All requests of this
+// list are synthetic: made from what the named source sends, in its order.
 type machine struct {
 	name   string
 	source string
@@ -124,49 +124,115 @@ func (m machine) hw() string {
 	return m.mac
 }
 
+// exchange asks a fresh handler and writes down what is said.
+type exchange struct {
+	*wire
+	out strings.Builder
+}
+
+func newExchange(t *testing.T, mode decision.Mode, title string) *exchange {
+	x := &exchange{wire: newWire(t, nil)}
+	x.Mode = func() decision.Mode { return mode }
+	fmt.Fprintf(&x.out, "# %s\n# %v mode\n", title, mode)
+	return x
+}
+
+func (x *exchange) ask(b []byte, port int) *dhcpv4.DHCPv4 {
+	x.t.Helper()
+	req, err := parse(b)
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	fmt.Fprintf(&x.out, "\n> %s to port %d\n%s", req.MessageType(), port, dump(b))
+	var reply *dhcpv4.DHCPv4
+	var to netip.AddrPort
+	if port == 67 {
+		reply, to = x.Handle(x.now, req)
+	} else {
+		reply, to = x.HandleBoot(req, netip.MustParseAddrPort("10.77.0.50:68"))
+	}
+	if reply == nil {
+		fmt.Fprint(&x.out, "\n< silence\n")
+		return nil
+	}
+	fmt.Fprintf(&x.out, "\n< %s to %s\n%s", reply.MessageType(), to, dump(reply.ToBytes()))
+	return reply
+}
+
+var modes = []decision.Mode{decision.Server, decision.Proxy}
+
 // Byte for byte, what each kind of firmware asks and is answered: a change
 // here is a change for machines that nobody here can try.
 func TestGolden(t *testing.T) {
 	for _, m := range machines {
-		for _, mode := range []decision.Mode{decision.Server, decision.Proxy} {
+		for _, mode := range modes {
 			t.Run(fmt.Sprintf("%s-%v", m.name, mode), func(t *testing.T) {
-				w := newWire(t, nil)
-				w.Mode = func() decision.Mode { return mode }
-				var out strings.Builder
-				fmt.Fprintf(&out, "# %s, %v mode\n# requests: synthetic, after %s\n", m.name, mode, m.source)
-				ask := func(b []byte, port int) *dhcpv4.DHCPv4 {
-					req, err := parse(b)
-					if err != nil {
-						t.Fatal(err)
-					}
-					fmt.Fprintf(&out, "\n> %s to port %d\n%s", req.MessageType(), port, dump(b))
-					var reply *dhcpv4.DHCPv4
-					var to netip.AddrPort
-					if port == 67 {
-						reply, to = w.Handle(w.now, req)
-					} else {
-						reply, to = w.HandleBoot(req, netip.MustParseAddrPort("10.77.0.50:68"))
-					}
-					if reply == nil {
-						fmt.Fprint(&out, "\n< silence\n")
-						return nil
-					}
-					fmt.Fprintf(&out, "\n< %s to %s\n%s", reply.MessageType(), to, dump(reply.ToBytes()))
-					return reply
-				}
-				offer := ask(m.packet(dhcpv4.MessageTypeDiscover, ""), 67)
+				x := newExchange(t, mode, fmt.Sprintf("%s; the requests are synthetic, after %s", m.name, m.source))
+				offer := x.ask(m.packet(dhcpv4.MessageTypeDiscover, ""), 67)
 				if mode == decision.Server && offer != nil {
-					ask(m.packet(dhcpv4.MessageTypeRequest, "", opt(50, string(offer.YourIPAddr.To4())), opt(54, "\x0a\x4d\x00\x01")), 67)
-					ask(m.packet(dhcpv4.MessageTypeRequest, offer.YourIPAddr.String()), 67) // renewal
+					x.ask(m.packet(dhcpv4.MessageTypeRequest, "", opt(50, string(offer.YourIPAddr.To4())), opt(54, "\x0a\x4d\x00\x01")), 67)
+					x.ask(m.packet(dhcpv4.MessageTypeRequest, offer.YourIPAddr.String()), 67) // renewal
 				}
 				if mode == decision.Proxy {
-					ask(m.packet(dhcpv4.MessageTypeRequest, "", opt(50, "\x0a\x4d\x00\x32"), opt(54, "\x0a\x4d\x00\x42")), 67)
-					ask(m.packet(dhcpv4.MessageTypeRequest, "10.77.0.50"), 4011)
+					x.ask(m.packet(dhcpv4.MessageTypeRequest, "", opt(50, "\x0a\x4d\x00\x32"), opt(54, "\x0a\x4d\x00\x42")), 67)
+					x.ask(m.packet(dhcpv4.MessageTypeRequest, "10.77.0.50"), 4011)
 				}
-				golden(t, fmt.Sprintf("%s-%v.txt", m.name, mode), out.String())
+				golden(t, fmt.Sprintf("%s-%v.txt", m.name, mode), x.out.String())
 			})
 		}
 	}
+}
+
+// The same for what real firmware sent on a wire.
+func TestGoldenCaptured(t *testing.T) {
+	files, err := filepath.Glob("testdata/captured/*.txt")
+	if err != nil || len(files) < 3 {
+		t.Fatalf("captures %v, %v", files, err)
+	}
+	for _, file := range files {
+		title, requests := readCapture(t, file)
+		for _, mode := range modes {
+			name := strings.TrimSuffix(filepath.Base(file), ".txt")
+			t.Run(fmt.Sprintf("%s-%v", name, mode), func(t *testing.T) {
+				x := newExchange(t, mode, "captured: "+title)
+				for _, r := range requests {
+					x.ask(r.payload, r.port)
+				}
+				golden(t, fmt.Sprintf("captured-%s-%v.txt", name, mode), x.out.String())
+			})
+		}
+	}
+}
+
+type captured struct {
+	port    int
+	payload []byte
+}
+
+func readCapture(t *testing.T, file string) (title string, out []captured) {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if text, ok := strings.CutPrefix(strings.TrimSpace(line), "# "); ok {
+			if title == "" {
+				title = text
+			}
+			continue
+		}
+		var c captured
+		var text string
+		if _, err := fmt.Sscan(line, &c.port, &text); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		if c.payload, err = hex.DecodeString(text); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		out = append(out, c)
+	}
+	return title, out
 }
 
 func golden(t *testing.T, name, got string) {

@@ -39,6 +39,7 @@ type Handler struct {
 	Log *slog.Logger
 
 	pool   poolWatch
+	full   rarely
 	served served
 }
 
@@ -137,12 +138,15 @@ func destination(req, reply *dhcpv4.DHCPv4) netip.AddrPort {
 func (h *Handler) discover(ctx context.Context, now time.Time, req *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
 	mac := req.ClientHWAddr.String()
 	facts := factsOf(req)
-	trace.Event(h.log(), trace.Discover, mac, "vendor", facts.Vendor, "arch", facts.Arch, "ipxe", facts.IPXE)
 	addr, err := h.vacant(ctx, now, mac, addrOf(req.RequestedIPAddress()))
 	if err != nil {
-		h.log().Warn("dhcp: no offer", "mac", mac, "error", err.Error(), "hint", "make the pool larger in cluster.yaml")
+		// Not a line for each packet: a flood must not fill the disk.
+		if more, ok := h.full.due(now); ok {
+			h.log().Warn("dhcp: no offer", "mac", mac, "error", err.Error(), "more", more, "hint", "make the pool larger in cluster.yaml")
+		}
 		return nil
 	}
+	trace.Event(h.log(), trace.Discover, mac, "vendor", facts.Vendor, "arch", facts.Arch, "ipxe", facts.IPXE)
 	answer := h.Decide(mac, facts, decision.Server)
 	reply := h.reply(req, dhcpv4.MessageTypeOffer, addr, h.life(mac), &answer)
 	trace.Event(h.log(), trace.Offer, mac, "address", addr, "boot", bootText(answer))

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
+
+	"mosimg/pxe/decision"
 )
 
 // An address that somebody set by hand is not given to a second machine.
@@ -166,6 +168,36 @@ func TestPoolIsReportedInTime(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A flood of machines that do not exist costs neither memory nor disk.
+func TestFlood(t *testing.T) {
+	var log bytes.Buffer
+	w := newWire(t, nil)
+	w.Log = slog.New(slog.NewTextHandler(&log, nil))
+	const flood = 100_000 // one of them has a reservation
+	m := msg(0, dhcpv4.MessageTypeDiscover, class("PXEClient"), archs(0, 0))
+	for _, mode := range modes {
+		w.Mode = func() decision.Mode { return mode }
+		w.Log = slog.New(slog.DiscardHandler)
+		if mode == decision.Server {
+			w.Log = slog.New(slog.NewTextHandler(&log, nil))
+		}
+		for i := range flood {
+			m.ClientHWAddr[3], m.ClientHWAddr[4], m.ClientHWAddr[5] = byte(i>>16), byte(i>>8), byte(i)
+			w.Handle(w.now, m)
+		}
+	}
+	if c := w.Table.Counts(w.now); c.Offered != 4 || len(w.Table.offers) > 5 || len(w.Table.byMAC) != 0 || len(w.served.macs) > maxServed {
+		t.Errorf("counts %v, %d offers, %d leases, %d served", c, len(w.Table.offers), len(w.Table.byMAC), len(w.served.macs))
+	}
+	if log.Len() > 8<<10 {
+		t.Errorf("%d bytes of log:\n%.2000s", log.Len(), log.String())
+	}
+	// Those who were there before are served all the same.
+	w.Mode = nil
+	w.now = t0.Add(offerHold)
+	w.lease(1, "10.77.0.100")
 }
 
 func FuzzARP(f *testing.F) {

@@ -16,6 +16,27 @@ type poolWatch struct {
 	told bool
 }
 
+// rarely lets something be told now and then.
+type rarely struct {
+	// mu guards the following.
+	mu   sync.Mutex
+	next time.Time
+	more int // that were not told
+}
+
+// due tells whether it may be told now, and how often it was not since.
+func (r *rarely) due(now time.Time) (more int, ok bool) {
+	const pause = 5 * time.Second
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if now.Before(r.next) {
+		r.more++
+		return 0, false
+	}
+	more, r.more, r.next = r.more, 0, now.Add(pause)
+	return more, true
+}
+
 // reserve is what should be left: a tenth, but one address at least.
 func (c Counts) reserve() int { return max(1, c.Size/10) }
 
