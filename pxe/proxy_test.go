@@ -218,7 +218,7 @@ func TestProxyBesideDnsmasq(t *testing.T) {
 	// 3. iPXE of a PC that nobody wants: its own disk.
 	ipxe := append(bios, ipxeClass())
 	url := pc.offers(both, ipxe...)["10.77.0.1"].BootFileName
-	if script := pc.get(url); !strings.Contains(script, "sleep 3\nexit") || strings.Contains(script, "kernel") {
+	if script := pc.get(url); !strings.Contains(script, "sleep 3\nexit 1") || strings.Contains(script, "kernel") {
 		t.Errorf("script of an unknown machine:\n%s", script)
 	}
 	var recs []api.NodeRecord

@@ -186,7 +186,7 @@ func TestGolden(t *testing.T) {
 // The same for what real firmware sent on a wire.
 func TestGoldenCaptured(t *testing.T) {
 	files, err := filepath.Glob("testdata/captured/*.txt")
-	if err != nil || len(files) < 3 {
+	if err != nil || len(files) < 4 {
 		t.Fatalf("captures %v, %v", files, err)
 	}
 	for _, file := range files {
