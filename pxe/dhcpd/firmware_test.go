@@ -3,6 +3,7 @@ package dhcpd
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
@@ -196,7 +197,7 @@ func TestFirmwareFindsItsFile(t *testing.T) {
 				orders := [][]*dhcpv4.DHCPv4{ours}
 				if mode == decision.Proxy {
 					router := plainOffer(t, discover)
-					orders = [][]*dhcpv4.DHCPv4{append([]*dhcpv4.DHCPv4{router}, ours...), append(ours[:len(ours):len(ours)], router)}
+					orders = [][]*dhcpv4.DHCPv4{append([]*dhcpv4.DHCPv4{router}, ours...), append(slices.Clip(ours), router)}
 				}
 				for _, offers := range orders {
 					var got string
