@@ -16,21 +16,23 @@ import (
 type DHCPMode string
 
 const (
-	// DHCPAuto gives out addresses unless another server on the wire does.
+	// DHCPAuto looks at each network: DHCPServer where nobody gives out
+	// addresses, DHCPProxy where another server does. It looks again every
+	// few minutes and steps down when one appears.
 	DHCPAuto DHCPMode = "auto"
 	// DHCPServer gives out addresses without looking for another server.
 	DHCPServer DHCPMode = "server"
-	// DHCPProxy would add boot data to another server's addresses.
+	// DHCPProxy adds what to boot to another server's addresses.
 	DHCPProxy DHCPMode = "proxy"
-	// DHCPOff leaves DHCP to another server, which must name this head.
+	// DHCPOff does no DHCP: another server must name this head.
 	DHCPOff DHCPMode = "off"
 )
 
-// Config is how a head is to run. The zero value serves the only wired
-// interface with a static address from the default folders.
+// Config is how a head is to run. The zero value serves the wired interfaces
+// with a static address from the default folders.
 type Config struct {
 	// Interfaces to serve, by name or MAC. Empty: those of ConfigFile, or
-	// the only wired one with a static address.
+	// the wired ones with a static address.
 	Interfaces []string
 	// Images is an image store or one image set; "" is DefaultImages.
 	Images string
@@ -46,6 +48,9 @@ type Config struct {
 	// Run is the folder of the admin socket and the local ticket; "" is
 	// api.RunDir.
 	Run string
+	// Reprobe is how often DHCPAuto looks for another server; 0 is
+	// DefaultReprobe.
+	Reprobe time.Duration
 	// Ports; 0 is the standard one (80, 69, api.HeadPort, 67).
 	HTTPPort, TFTPPort, APIPort, DHCPPort int
 	// TFTPPorts are the ports that boot loaders are sent from: "" for any,
@@ -58,6 +63,10 @@ type Config struct {
 
 	tftpPorts tftpd.Ports // TFTPPorts, read by complete
 }
+
+// DefaultReprobe is short enough that a rival does little harm, and long enough
+// that the question is no noise in another server's log.
+const DefaultReprobe = 3 * time.Minute
 
 // Default places.
 const (
@@ -73,7 +82,9 @@ type Info struct {
 	Images   map[string]string // arch -> image set id
 	HTTP     string            // URL
 	API      string            // URL
-	DHCP     DHCPMode          // DHCPServer or DHCPOff
+	// DHCP is DHCPOff, DHCPProxy when every network has another server, or
+	// DHCPServer.
+	DHCP DHCPMode
 }
 
 // complete fills in defaults and checks what needs no look at the machine.
@@ -86,16 +97,15 @@ func (c *Config) complete() error {
 	c.TFTPPort = cmp.Or(c.TFTPPort, 69)
 	c.APIPort = cmp.Or(c.APIPort, api.HeadPort)
 	c.DHCPPort = cmp.Or(c.DHCPPort, 67)
+	c.Reprobe = cmp.Or(c.Reprobe, DefaultReprobe)
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	var l fault.List
 	switch c.DHCP {
-	case DHCPAuto, DHCPServer, DHCPOff:
-	case DHCPProxy:
-		l.Addf("--dhcp proxy comes in a later version: use --dhcp server on a network of its own, or --dhcp off and let the other DHCP server name this head")
+	case DHCPAuto, DHCPServer, DHCPProxy, DHCPOff:
 	default:
-		l.Addf("--dhcp %s: want auto, server or off", c.DHCP)
+		l.Addf("--dhcp %s: want auto, server, proxy or off", c.DHCP)
 	}
 	for flag, port := range map[string]int{"--http-port": c.HTTPPort, "--tftp-port": c.TFTPPort, "--api-port": c.APIPort, "--dhcp-port": c.DHCPPort} {
 		if port < 1 || port > 65535 {

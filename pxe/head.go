@@ -3,8 +3,8 @@
 // and decides with the operator who is a member. The parts are in the packages
 // below this one; here they are put together.
 //
-// Limits: IPv4 Ethernet; one head; the head gives out the addresses itself or
-// leaves DHCP to another server (no proxy DHCP yet).
+// On each network the head gives out the addresses itself, or adds what to boot
+// beside another DHCP server (proxy mode). Limits: IPv4 Ethernet; one head.
 package pxe
 
 import (
@@ -15,8 +15,6 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
-	"sync"
-	"time"
 
 	"mosimg/internal/bootargs"
 	"mosimg/internal/fault"
@@ -42,15 +40,6 @@ type Head struct {
 	store *registry.Store
 	enrol *enrol.Service
 }
-
-// network is one served interface.
-type network struct {
-	preflight.Choice
-	conf  clusterconfig.Network
-	table *dhcpd.Table // nil when DHCP is off
-}
-
-func (n *network) addr() netip.Addr { return n.Server.Addr() }
 
 // New checks a configuration and the machine. Nothing is bound, written or
 // sent. Faults of one kind come all at once.
@@ -105,7 +94,7 @@ func (h *Head) chooseNetworks() error {
 			conf = byName[""]
 		}
 		conf.Interface = c.Name
-		n := &network{Choice: c}
+		n := &network{Choice: c, log: h.cfg.Log, rivals: make(chan netip.Addr, 1)}
 		if n.conf, err = h.cluster.Resolve(conf, c.Server); err != nil {
 			l.Add(err)
 		}
@@ -166,7 +155,9 @@ func (h *Head) ports() []preflight.Port {
 	}
 	if h.cfg.DHCP != DHCPOff {
 		for _, n := range h.nets {
-			ports = append(ports, preflight.Port{Proto: "udp", Number: h.cfg.DHCPPort, For: "DHCP on " + n.Name, Device: n.Index})
+			ports = append(ports,
+				preflight.Port{Proto: "udp", Number: h.cfg.DHCPPort, For: "DHCP on " + n.Name, Device: n.Index, Hint: "or leave DHCP to it with --dhcp off"},
+				preflight.Port{Proto: "udp", Number: bootPort, For: "PXE boot server on " + n.Name, Device: n.Index})
 		}
 	}
 	return ports
@@ -183,18 +174,18 @@ func (h *Head) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, h.store.Close()) }()
 
 	// 2. Is somebody else's DHCP server on the wire?
-	if err := h.probe(ctx); err != nil {
+	if err := h.chooseModes(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil // told to stop before it began
 		}
 		return err
 	}
+	h.newEnrol()
 	if h.cfg.DHCP != DHCPOff {
-		if err := h.loadLeases(); err != nil {
+		if err := h.newDHCP(); err != nil {
 			return err
 		}
 	}
-	h.newEnrol()
 
 	// 3. Bind all sockets, or none.
 	services, err := h.bind(ctx)
@@ -226,42 +217,8 @@ func (h *Head) Run(ctx context.Context) (err error) {
 	return services.run(ctx, h.cfg.Log)
 }
 
-// probe looks for other DHCP servers in mode auto, on all interfaces at once.
-func (h *Head) probe(ctx context.Context) error {
-	if h.cfg.DHCP != DHCPAuto {
-		return nil
-	}
-	errs := make([]error, len(h.nets))
-	var wg sync.WaitGroup
-	for i, n := range h.nets {
-		wg.Go(func() { errs[i] = probe(ctx, n.Name) })
-	}
-	wg.Wait()
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	var l fault.List
-	for _, err := range errs {
-		l.Add(err)
-	}
-	return l.All("start head", "")
-}
-
-func probe(ctx context.Context, ifname string) error {
-	peer, found, err := dhcpd.Probe(ctx, ifname)
-	if err != nil {
-		return fault.New(fault.Environment, "start DHCP on", ifname, err, "--dhcp server does not look")
-	}
-	if found {
-		return fault.New(fault.Refused, "start DHCP on", ifname,
-			fmt.Sprintf("%s gives out addresses there already (it offered %s)", peer.Address, peer.Offers),
-			"stop that server; or --dhcp off and let it name this head; or --dhcp server to give out addresses all the same")
-	}
-	return nil
-}
-
-// loadLeases makes the lease tables from the registry.
-func (h *Head) loadLeases() error {
+// newDHCP makes the DHCP handlers, with the leases of the registry.
+func (h *Head) newDHCP() error {
 	var known []dhcpd.Lease
 	err := h.store.View(func(tx *registry.Tx) error {
 		for _, l := range tx.Leases() {
@@ -281,10 +238,20 @@ func (h *Head) loadLeases() error {
 				reserved[r.MAC] = r.Address
 			}
 		}
-		n.table = dhcpd.NewTable(dhcpd.Network{
+		table := dhcpd.NewTable(dhcpd.Network{
 			Server: n.addr(), Subnet: n.conf.Subnet, First: n.conf.First, Last: n.conf.Last,
 			Reserved: reserved, Router: n.conf.Router, DNS: h.cluster.DNS, LeaseTime: n.conf.LeaseTime,
 		}, known)
+		n.dhcp = &dhcpd.Handler{
+			Table: table, Mode: n.mode, Save: h.saveLease, Stranger: h.stranger, Log: h.cfg.Log,
+			Decide: func(mac string, f decision.Facts, m decision.Mode) decision.Answer { return h.decide(n, mac, f, m) },
+			Rival: func(server netip.Addr) {
+				select {
+				case n.rivals <- server:
+				default: // a look is due already
+				}
+			},
+		}
 	}
 	return nil
 }
@@ -311,17 +278,41 @@ func (h *Head) newEnrol() {
 }
 
 // decide is the boot decision for a machine on a network.
-func (h *Head) decide(n *network, mac string, f decision.Facts) decision.Answer {
+func (h *Head) decide(n *network, mac string, f decision.Facts, m decision.Mode) decision.Answer {
 	url := h.cfg.httpURL(n.addr())
-	return decision.Decide(f, decision.Server{Boot: h.images.Pick().Boot(), URL: url, Script: url + "/ipxe/" + mac})
+	return decision.Decide(f, decision.Head{
+		Mode: m, Stranger: m == decision.Proxy && !h.expected(mac),
+		Boot: h.images.Pick().Boot(), URL: url, Script: url + "/ipxe/" + mac,
+	})
+}
+
+// expected tells whether a machine may join now. In doubt it may not: on
+// somebody else's network a wrong yes takes a person's PC away.
+func (h *Head) expected(mac string) bool {
+	yes, err := h.enrol.Expected(mac)
+	if err != nil {
+		h.cfg.Log.Error("read the record of a machine", "mac", mac, "error", err.Error())
+	}
+	return yes
+}
+
+// stranger tells whether a machine's lease is to be short.
+func (h *Head) stranger(mac string) bool {
+	approved, err := h.enrol.Approved(mac)
+	if err != nil {
+		h.cfg.Log.Error("read the record of a machine", "mac", mac, "error", err.Error())
+	}
+	return !approved
 }
 
 // script makes a machine's iPXE script.
 func (h *Head) script(_ context.Context, mac string, from netip.Addr) (string, error) {
 	n := h.networkOf(from)
-	if n.table != nil {
-		if holder := n.table.Holder(time.Now(), from); holder != mac {
-			return "", fault.New(fault.Refused, "make a boot script", mac, fmt.Sprintf("%s is not leased to this machine", from), "")
+	proxy := n.mode() == decision.Proxy
+	if n.dhcp != nil {
+		// Where another server leases we may not know who has an address.
+		if holder := n.holder(from); holder != mac && !(proxy && holder == "") {
+			return "", fault.New(fault.Refused, "make a boot script", mac, fmt.Sprintf("%s is not the address of this machine", from), "")
 		}
 	}
 	reason, err := h.enrol.Denied(mac)
@@ -330,7 +321,14 @@ func (h *Head) script(_ context.Context, mac string, from netip.Addr) (string, e
 	}
 	if reason != "" {
 		h.cfg.Log.Info("denied machine is sent to its own disk", "mac", mac, "reason", reason)
-		return httpd.Denied(reason), nil
+		return httpd.Local(reason), nil
+	}
+	if proxy && !h.expected(mac) {
+		h.cfg.Log.Info("unknown machine is sent to its own disk", "mac", mac, "hint", "mosimg node approve --for 10m lets new machines in for a while")
+		return httpd.Local("nobody asked it to (an adoption window lets new machines in)"), nil
+	}
+	if proxy {
+		from = netip.Addr{} // that server may give iPXE and Linux different ones
 	}
 	nonce, err := h.enrol.IssueNonce(mac, from)
 	if err != nil {
@@ -355,16 +353,11 @@ func (h *Head) networkOf(a netip.Addr) *network {
 	return h.nets[0]
 }
 
-// macOf names the machine at an address by its lease, for the boot trace.
-func (h *Head) macOf(a netip.Addr) string {
-	if n := h.networkOf(a); n.table != nil {
-		return n.table.Holder(time.Now(), a)
-	}
-	return ""
-}
+// macOf names the machine at an address, for the boot trace.
+func (h *Head) macOf(a netip.Addr) string { return h.networkOf(a).holder(a) }
 
 func (h *Head) info() Info {
-	i := Info{CA: identity.Pin(h.store.CA().Cert), Images: map[string]string{}, DHCP: DHCPServer,
+	i := Info{CA: identity.Pin(h.store.CA().Cert), Images: map[string]string{}, DHCP: DHCPProxy,
 		HTTP: h.cfg.httpURL(h.nets[0].addr()), API: h.cfg.apiURL(h.nets[0].addr())}
 	if h.cfg.DHCP == DHCPOff {
 		i.DHCP = DHCPOff
@@ -376,11 +369,10 @@ func (h *Head) info() Info {
 		i.Images[arch] = set.Manifest.ID
 	}
 	for _, n := range h.nets {
-		text := fmt.Sprintf("%s %s", n.Name, n.Server)
-		if n.table != nil {
-			text += fmt.Sprintf(" pool %s-%s", n.conf.First, n.conf.Last)
+		i.Networks = append(i.Networks, n.String())
+		if i.DHCP != DHCPOff && n.mode() == decision.Server {
+			i.DHCP = DHCPServer
 		}
-		i.Networks = append(i.Networks, text)
 	}
 	return i
 }

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -31,8 +30,6 @@ import (
 	"mosimg/internal/identity"
 	"mosimg/internal/unixhttp"
 	"mosimg/internal/version"
-	"mosimg/pxe/decision"
-	"mosimg/pxe/dhcpd"
 	"mosimg/pxe/imagetest"
 	"mosimg/pxe/preflight"
 )
@@ -478,46 +475,6 @@ func TestTwoInterfaces(t *testing.T) {
 		}
 	}
 	if len(r.info.Networks) != 2 {
-		t.Errorf("info %+v", r.info)
-	}
-}
-
-// A head must not become the second DHCP server of somebody's network.
-func TestForeignServer(t *testing.T) {
-	needNetwork(t)
-	b := cable(t, "h0", "10.77.0.1/24")
-	b.configure("10.77.0.66/24")
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	at := netip.MustParseAddr
-	foreign := &dhcpd.Server{Handler: &dhcpd.Handler{
-		Table:  dhcpd.NewTable(dhcpd.Network{Server: at("10.77.0.66"), Subnet: netip.MustParsePrefix("10.77.0.0/24"), First: at("10.77.0.70"), Last: at("10.77.0.80")}, nil),
-		Decide: func(string, decision.Facts) decision.Answer { return decision.Answer{} },
-		Save:   func(dhcpd.Lease) error { return nil },
-	}}
-	b.in(func() {
-		conn, err := dhcpd.Listen(ctx, b.nic, 67)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		go foreign.Serve(ctx, conn)
-	})
-	cfg := config(t, "h0")
-	cfg.DHCP = DHCPAuto
-	h, err := New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = runBriefly(t, h)
-	if fault.KindOf(err) != fault.Refused || !strings.Contains(err.Error(), "10.77.0.66 gives out addresses") || !strings.Contains(err.Error(), "--dhcp") {
-		t.Errorf("Run = %v; want a refusal that names the other server", err)
-	}
-	cancel()
-	// Nothing was left behind that would keep the next head from starting.
-	cfg.DHCP = DHCPOff
-	r := start(t, cfg)
-	if r.info.DHCP != DHCPOff {
 		t.Errorf("info %+v", r.info)
 	}
 }

@@ -61,13 +61,51 @@ type box struct {
 // a namespace of its own.
 func cable(t *testing.T, headIf, headAddr string) *box {
 	t.Helper()
-	b := &box{t: t, nic: "b" + headIf}
-	ip(t, "link", "add", headIf, "type", "veth", "peer", "name", b.nic)
+	b := newBox(t, "b"+headIf)
+	headEnd(t, headIf, headAddr, b.nic)
+	b.take(b.nic)
+	return b
+}
+
+// lan joins the head and some machines by a switch, which is a bridge in a
+// namespace of its own; that comes back, too.
+func lan(t *testing.T, headIf, headAddr string, machines ...string) (sw *box, boxes []*box) {
+	t.Helper()
+	sw = newBox(t, "br0")
+	sw.in(func() {
+		ip(t, "link", "add", sw.nic, "type", "bridge")
+		ip(t, "link", "set", sw.nic, "up")
+	})
+	join := func(port string) {
+		sw.take(port)
+		sw.in(func() { ip(t, "link", "set", port, "master", sw.nic) })
+	}
+	headEnd(t, headIf, headAddr, "p"+headIf)
+	join("p" + headIf)
+	for _, name := range machines {
+		b := newBox(t, name)
+		ip(t, "link", "add", name, "type", "veth", "peer", "name", "p"+name)
+		b.take(name)
+		join("p" + name)
+		boxes = append(boxes, b)
+	}
+	return sw, boxes
+}
+
+// headEnd makes a veth pair with its one end here.
+func headEnd(t *testing.T, headIf, headAddr, peer string) {
+	t.Helper()
+	ip(t, "link", "add", headIf, "type", "veth", "peer", "name", peer)
 	t.Cleanup(func() { exec.Command("ip", "link", "del", headIf).Run() })
 	ip(t, "link", "set", "lo", "up")
 	ip(t, "link", "set", headIf, "up")
 	ip(t, "addr", "add", headAddr, "dev", headIf)
+}
 
+// newBox makes a namespace; nic is the interface that it will have.
+func newBox(t *testing.T, nic string) *box {
+	t.Helper()
+	b := &box{t: t, nic: nic}
 	// A namespace lives as long as something refers to it: here our fd.
 	errs := make(chan error)
 	go func() {
@@ -83,12 +121,15 @@ func cable(t *testing.T, headIf, headAddr string) *box {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(b.fd) })
-	ip(t, "link", "set", b.nic, "netns", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), b.fd))
-	b.in(func() {
-		ip(t, "link", "set", "lo", "up")
-		ip(t, "link", "set", b.nic, "up")
-	})
+	b.in(func() { ip(t, "link", "set", "lo", "up") })
 	return b
+}
+
+// take moves an interface into the machine and sets it up.
+func (b *box) take(nic string) {
+	b.t.Helper()
+	ip(b.t, "link", "set", nic, "netns", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), b.fd))
+	b.in(func() { ip(b.t, "link", "set", nic, "up") })
 }
 
 // in runs f inside the machine's namespace. Sockets and processes made there

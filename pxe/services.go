@@ -17,7 +17,6 @@ import (
 	"mosimg/internal/api"
 	"mosimg/internal/fault"
 	"mosimg/pxe/admin"
-	"mosimg/pxe/decision"
 	"mosimg/pxe/dhcpd"
 	"mosimg/pxe/httpd"
 	"mosimg/pxe/radv"
@@ -82,15 +81,12 @@ func (h *Head) bind(ctx context.Context) (s services, err error) {
 		if n.Warning != "" {
 			h.cfg.Log.Warn(n.Warning)
 		}
-		if n.table != nil {
-			conn, err := dhcpd.Listen(ctx, n.Name, h.cfg.DHCPPort)
+		if n.dhcp != nil {
+			more, err := h.bindDHCP(ctx, n)
+			s = append(s, more...)
 			if err != nil {
 				return bad("DHCP on "+n.Name, err)
 			}
-			srv := &dhcpd.Server{Handler: &dhcpd.Handler{Table: n.table, Save: h.saveLease, Log: h.cfg.Log,
-				Decide: func(mac string, f decision.Facts) decision.Answer { return h.decide(n, mac, f) }}}
-			s = append(s, service{"DHCP on " + n.Name, conn, func(ctx context.Context) error { return srv.Serve(ctx, conn) }})
-			s = append(s, h.routerAdvertiser(ctx, n)...)
 		}
 		addr := func(port int) string { return fmt.Sprintf("%s:%d", n.addr(), port) }
 		// Only the served addresses are bound, so that no other network of
@@ -124,6 +120,34 @@ func (h *Head) bind(ctx context.Context) (s services, err error) {
 	})), nil
 }
 
+// bootPort is PXE's boot server port (PXE 2.1 section 2.2.3).
+const bootPort = 4011
+
+// bindDHCP opens what belongs to DHCP on one network.
+func (h *Head) bindDHCP(ctx context.Context, n *network) (s services, err error) {
+	srv := &dhcpd.Server{Handler: n.dhcp}
+	conn, err := dhcpd.Listen(ctx, n.Name, h.cfg.DHCPPort)
+	if err != nil {
+		return s, err
+	}
+	s = append(s, service{"DHCP on " + n.Name, conn, func(ctx context.Context) error { return srv.Serve(ctx, conn) }})
+	boot, err := dhcpd.Listen(ctx, n.Name, bootPort)
+	if err != nil {
+		return s, fmt.Errorf("port %d: %w", bootPort, err)
+	}
+	s = append(s, service{"PXE boot server on " + n.Name, boot, func(ctx context.Context) error { return srv.ServeBoot(ctx, boot) }})
+	arp, err := dhcpd.ListenARP(n.Name)
+	if err != nil {
+		return s, fmt.Errorf("ARP: %w", err)
+	}
+	n.dhcp.InUse = arp.InUse
+	s = append(s, service{"ARP on " + n.Name, arp, arp.Serve})
+	if h.cfg.DHCP == DHCPAuto {
+		s = append(s, service{"look for other DHCP servers on " + n.Name, nil, func(ctx context.Context) error { return h.watchRivals(ctx, n) }})
+	}
+	return append(s, h.routerAdvertiser(ctx, n)...), nil
+}
+
 // routerAdvertiser spares iPXE its wait for an IPv6 router. Where IPv6 is off
 // there is none; machines then boot all the same, only later.
 func (h *Head) routerAdvertiser(ctx context.Context, n *network) services {
@@ -132,7 +156,7 @@ func (h *Head) routerAdvertiser(ctx context.Context, n *network) services {
 		h.cfg.Log.Info("router solicitations are not answered: iPXE will wait 16 s for each machine", "interface", n.Name, "error", err.Error())
 		return nil
 	}
-	srv := &radv.Server{Log: h.cfg.Log, Known: func(mac string) bool { return n.table.Knows(time.Now(), mac) }}
+	srv := &radv.Server{Log: h.cfg.Log, Known: n.boots}
 	return services{{"router advertisements on " + n.Name, conn, func(ctx context.Context) error { return srv.Serve(ctx, conn) }}}
 }
 

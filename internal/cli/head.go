@@ -26,9 +26,15 @@ func newHeadCmd(env *Env) *cobra.Command {
 kernel and initramfs (HTTP), lets them into the cluster when they are approved,
 and keeps the cluster's certificate authority and registry.
 
-It serves an interface with a static address. One that got its own address by
-DHCP, or that leads to other networks, is refused unless it is named with
---interface: somebody else's DHCP server is probably on that network. It runs until it gets INT or TERM.`,
+It serves the wired interfaces with a static address. One that got its own
+address by DHCP, or that leads to other networks, is left alone unless it is
+named with --interface.
+
+It looks for other DHCP servers on each network. Where there is none it gives out
+addresses; beside another one it only adds what to boot (proxy mode), and an
+unknown machine goes on to its own disk unless an adoption window is open. When
+another server appears later it steps down and says so. It runs until it gets
+INT or TERM.`,
 		Example: `  mosimg head --images out --interface eth1 --adopt 30m
   mosimg head --config /etc/mosimg/cluster.yaml`,
 		Args: usageArgs(cobra.NoArgs),
@@ -47,7 +53,7 @@ DHCP, or that leads to other networks, is refused unless it is named with
 	f.StringSliceVar(&cfg.Interfaces, "interface", nil, "serve this interface, by name or MAC (repeat for several)")
 	f.StringVar(&cfg.Images, "images", pxe.DefaultImages, "image store, or the folder of one image set")
 	f.StringVar(&cfg.ConfigFile, "config", "", "cluster.yaml")
-	f.StringVar(&dhcp, "dhcp", string(pxe.DHCPAuto), "auto: give out addresses unless another server does; server; off")
+	f.StringVar(&dhcp, "dhcp", string(pxe.DHCPAuto), "who gives out addresses: auto (this head unless another server does), server (this head), proxy (another server), off (no DHCP here at all)")
 	f.DurationVar(&cfg.Adopt, "adopt", 0, "approve all machines that enrol in this time from now, for example 30m")
 	f.StringVar(&cfg.State, "state", pxe.DefaultState, "folder of the registry, leases and keys")
 	f.StringVar(&cfg.Run, "run", api.RunDir, "folder of the admin socket and the local ticket")

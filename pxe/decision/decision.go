@@ -2,12 +2,19 @@
 // DHCP boot next? It is a pure function from what the request says to a boot
 // file name or URL, so that every firmware quirk is one row of its test.
 //
-// The answers are those of a head that also leases the addresses ("server
-// mode"). EDK2 and BIOS ROMs then boot straight from the offer only if it
-// carries neither option 60 nor 43: with option 60 alone EDK2 asks port 4011
-// a second time and hangs when nobody answers (edk2 PxeBcDhcp4.c,
-// PxeBcParseDhcp4Packet). UEFI HTTP boot is the opposite: without option 60 =
-// "HTTPClient" it ignores the offer.
+// There are two tables. In server mode the head leases the address too, and
+// EDK2 and BIOS ROMs boot straight from the offer only if it carries neither
+// option 60 nor 43: with option 60 alone EDK2 asks port 4011 a second time and
+// hangs when nobody answers. In proxy mode another server leases and we add
+// boot data only: then an offer without option 60 is dropped, a BIOS ROM wants
+// option 43 to say "no discovery, boot the file", and EDK2 must not see option
+// 43 and asks port 4011, where it gets the same again (edk2 PxeBcDhcp4.c,
+// PxeBcParseDhcp4Packet; dnsmasq rfc2131.c). UEFI HTTP boot ignores any offer
+// without option 60 = "HTTPClient".
+//
+// No answer leads in a circle. iPXE is told by its user class or by option 175
+// and gets its script; only a build without HTTP gets a loader once more, one
+// that has it.
 package decision
 
 import (
@@ -16,9 +23,29 @@ import (
 	"strings"
 )
 
+// Mode is who leases the addresses on a network.
+type Mode int
+
+const (
+	// Server: the head does.
+	Server Mode = iota
+	// Proxy: another DHCP server does, and the head adds what to boot. It is
+	// also how port 4011 is answered, whoever leases.
+	Proxy
+)
+
+func (m Mode) String() string {
+	if m == Proxy {
+		return "proxy"
+	}
+	return "server"
+}
+
 // Facts are what a DHCP request says about the client. The zero value is a
 // client that does not netboot.
 type Facts struct {
+	// MAC is the client's, lower case with colons.
+	MAC string
 	// Arch are the codes of option 93 (RFC 4578 and its registry), in
 	// order; empty when the option is absent.
 	Arch []uint16
@@ -39,8 +66,12 @@ const (
 	FeatureEFI     = 0x24
 )
 
-// Server is what the head can offer.
-type Server struct {
+// Head is what the head can offer to one machine.
+type Head struct {
+	Mode Mode
+	// Stranger is a machine that nobody asked to join. In proxy mode, on
+	// somebody else's network, it is sent to its own disk.
+	Stranger bool
 	// Boot are the bare names of the boot loaders that can be served.
 	Boot map[string]bool
 	// URL is the head's HTTP root with an IP literal and without a slash at
@@ -62,6 +93,9 @@ const (
 	HTTP
 	// Script is the URL of an iPXE script.
 	Script
+	// Local is the URL of an iPXE script that goes on with the next boot
+	// device after 3 s.
+	Local
 	// Refused is a client that wants to boot and cannot be helped.
 	Refused
 )
@@ -73,6 +107,9 @@ type Answer struct {
 	File string
 	// Vendor is option 60 of the reply; "" leaves it out.
 	Vendor string
+	// Direct tells PXE to boot File without looking for boot servers or
+	// showing a menu (option 43, sub-option 6 = 8).
+	Direct bool
 	// NoProxy tells iPXE not to wait 2 s for a proxy offer (option 175.176).
 	NoProxy bool
 	// Reason says why, for people: set for Refused.
@@ -103,39 +140,60 @@ const (
 var unsupported = map[uint16]string{
 	2: "Itanium", archIA32: "32-bit UEFI", 8: "XScale", 10: "32-bit ARM", 11: "64-bit ARM",
 	archIA32HTTP: "32-bit UEFI", 18: "32-bit ARM", 19: "64-bit ARM", archBIOSHTTP: "BIOS HTTP boot",
+	21: "32-bit ARM U-Boot", 22: "64-bit ARM U-Boot", 23: "32-bit ARM U-Boot", 24: "64-bit ARM U-Boot",
 	25: "RISC-V", 26: "RISC-V", 27: "RISC-V", 28: "RISC-V", 29: "RISC-V", 30: "RISC-V",
 	39: "LoongArch", 40: "LoongArch", 41: "Raspberry Pi",
 }
 
+// raspberryPi are the prefixes of the Raspberry Pi's MACs. Its boot ROM says
+// that it is a PC's BIOS.
+var raspberryPi = []string{"28:cd:c1", "2c:cf:67", "88:a2:9e", "b8:27:eb", "d8:3a:dd", "dc:a6:32", "e4:5f:01"}
+
 // Decide is the boot decision.
-func Decide(f Facts, s Server) Answer {
-	pxe := strings.HasPrefix(f.Vendor, "PXEClient")
+func Decide(f Facts, h Head) Answer {
+	a := decide(f, h)
+	if a.File == "" || h.Mode == Server {
+		return a
+	}
+	a.NoProxy = false // we are the proxy
+	if a.Vendor == "" {
+		a.Vendor = "PXEClient"
+	}
+	return a
+}
+
+func decide(f Facts, h Head) Answer {
+	// HW-Client is Huawei's word for PXEClient.
+	pxe := strings.HasPrefix(f.Vendor, "PXEClient") || strings.HasPrefix(f.Vendor, "HW-Client")
 	http := strings.HasPrefix(f.Vendor, "HTTPClient")
+	switch {
 	// iPXE first: it also says "PXEClient" and, started by HTTP boot, runs
 	// on firmware that said "HTTPClient" a moment ago.
-	if f.IPXE || f.UserClass == "iPXE" {
-		return ipxe(f, s)
-	}
-	if !pxe && !http {
+	case f.IPXE || f.UserClass == "iPXE":
+		return ipxe(f, h)
+	case strings.HasPrefix(f.Vendor, "U-Boot"):
+		// Its EFI loader says PXEClient and the EFI architecture instead.
+		return Answer{Kind: Refused, Reason: "there is no boot loader for U-Boot (its EFI boot would do on x64)"}
+	case !pxe && !http:
 		return Answer{Kind: Plain}
+	case slices.ContainsFunc(raspberryPi, func(p string) bool { return strings.HasPrefix(f.MAC, p) }):
+		return Answer{Kind: Refused, Reason: "there is no boot loader for the Raspberry Pi (it says that it is a BIOS)"}
 	}
 	arch, known := pick(f, http)
 	switch {
-	case !known && len(f.Arch) == 0 && pxe:
+	case !known && len(f.Arch) == 0 && pxe, known && arch == archBIOS:
 		// The first PXE ROMs have no option 93; all of them are BIOS.
-		return file(s, undionly, ipxePXE)
+		return bios(h, undionly, ipxePXE)
 	case !known:
 		return refuse(f)
-	case arch == archBIOS:
-		return file(s, undionly, ipxePXE)
 	case http:
-		a := file(s, snponly, ipxeEFI)
+		a := file(h, snponly, ipxeEFI)
 		if a.Kind == TFTP {
-			a = Answer{Kind: HTTP, File: s.URL + "/boot/" + a.File, Vendor: "HTTPClient"}
+			a = Answer{Kind: HTTP, File: h.URL + "/boot/" + a.File, Vendor: "HTTPClient"}
 		}
 		return a
 	}
-	return file(s, snponly, ipxeEFI)
+	return file(h, snponly, ipxeEFI)
 }
 
 // pick is the first architecture in the list that can be booted.
@@ -157,7 +215,7 @@ func pick(f Facts, http bool) (uint16, bool) {
 
 // ipxe answers a client that runs iPXE already: its script, unless this build
 // of it could not follow one.
-func ipxe(f Facts, s Server) Answer {
+func ipxe(f Facts, h Head) Answer {
 	efi := f.has(FeatureEFI)
 	for _, a := range f.Arch {
 		switch a {
@@ -177,15 +235,18 @@ func ipxe(f Facts, s Server) Answer {
 	case !efi && !f.has(FeatureBzImage):
 		lacks = "bzImage"
 	}
-	if lacks == "" {
-		return Answer{Kind: Script, File: s.Script, NoProxy: true}
+	switch {
+	case lacks == "" && h.Mode == Proxy && h.Stranger:
+		return Answer{Kind: Local, File: h.Script}
+	case lacks == "":
+		return Answer{Kind: Script, File: h.Script, NoProxy: true}
 	}
 	var a Answer
 	if efi {
-		a = file(s, snponly, ipxeEFI)
+		a = file(h, snponly, ipxeEFI)
 	} else {
 		// Not undionly.kpxe: a ROM that is iPXE itself leaves no UNDI for it.
-		a = file(s, ipxePXE)
+		a = bios(h, ipxePXE)
 	}
 	a.NoProxy = a.Kind == TFTP
 	if a.Kind == Refused {
@@ -199,13 +260,20 @@ func (f Facts) has(feature byte) bool {
 }
 
 // file offers the first of the loaders that the image set has.
-func file(s Server, names ...string) Answer {
+func file(h Head, names ...string) Answer {
 	for _, n := range names {
-		if s.Boot[n] {
+		if h.Boot[n] {
 			return Answer{Kind: TFTP, File: n}
 		}
 	}
 	return Answer{Kind: Refused, Reason: fmt.Sprintf("the image set has no boot/%s", names[0])}
+}
+
+// bios is file for a BIOS ROM.
+func bios(h Head, names ...string) Answer {
+	a := file(h, names...)
+	a.Direct = a.Kind == TFTP && h.Mode == Proxy
+	return a
 }
 
 func refuse(f Facts) Answer {

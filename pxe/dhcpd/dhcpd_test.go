@@ -41,8 +41,9 @@ func newWire(t *testing.T, change func(*Network)) *wire {
 	w := &wire{t: t, now: t0, saved: map[string]Lease{}}
 	w.Handler = &Handler{
 		Table: NewTable(n, nil),
-		Decide: func(mac string, f decision.Facts) decision.Answer {
-			return decision.Decide(f, decision.Server{
+		Decide: func(mac string, f decision.Facts, m decision.Mode) decision.Answer {
+			return decision.Decide(f, decision.Head{
+				Mode: m,
 				Boot: map[string]bool{"undionly.kpxe": true, "snponly.efi": true, "ipxe.pxe": true},
 				URL:  "http://10.77.0.1", Script: "http://10.77.0.1/ipxe/" + mac,
 			})
@@ -56,6 +57,11 @@ func newWire(t *testing.T, change func(*Network)) *wire {
 		},
 	}
 	return w
+}
+
+// Handle is Handler.Handle in this test's time.
+func (w *wire) Handle(now time.Time, m *dhcpv4.DHCPv4) (*dhcpv4.DHCPv4, netip.AddrPort) {
+	return w.Handler.Handle(w.t.Context(), now, m)
 }
 
 func mac(i int) string { return fmt.Sprintf("52:54:00:00:00:%02x", i) }
@@ -183,7 +189,7 @@ func TestExhaustion(t *testing.T) {
 		w.lease(i, fmt.Sprintf("10.77.0.%d", 99+i))
 	}
 	w.want(msg(5, dhcpv4.MessageTypeDiscover), "")
-	_, err := w.Table.Offer(w.now, mac(5), netip.Addr{})
+	_, _, err := w.Table.Offer(w.now, mac(5), netip.Addr{})
 	if err == nil || err.Error() != "no free address: the pool has 4 addresses: 4 leased, 0 offered, 0 in quarantine" {
 		t.Errorf("Offer = %v; want the counts of the pool", err)
 	}

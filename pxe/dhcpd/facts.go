@@ -15,6 +15,7 @@ const optIPXE = 175
 // factsOf reads what a request says about the client that wants to boot.
 func factsOf(req *dhcpv4.DHCPv4) decision.Facts {
 	f := decision.Facts{
+		MAC:    req.ClientHWAddr.String(),
 		Vendor: strings.TrimRight(req.ClassIdentifier(), "\x00"),
 		IPXE:   req.Options.Has(dhcpv4.GenericOptionCode(optIPXE)),
 	}

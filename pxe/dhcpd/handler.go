@@ -1,7 +1,7 @@
 package dhcpd
 
 import (
-	"errors"
+	"context"
 	"fmt"
 	"log/slog"
 	"net"
@@ -14,17 +14,33 @@ import (
 	"mosimg/pxe/trace"
 )
 
-// Handler answers DHCP messages on one interface. It does no I/O but Save and
-// Log, so that tests drive it with packets and a clock.
+// Handler answers DHCP messages on one interface. It does no I/O but through
+// its functions, so that tests drive it with packets and a clock. Its methods
+// may be called concurrently.
 type Handler struct {
 	// Table has the leases.
 	Table *Table
-	// Decide says what the machine with this MAC boots.
-	Decide func(mac string, f decision.Facts) decision.Answer
+	// Mode is who leases the addresses now; nil means the head, always.
+	Mode func() decision.Mode
+	// Decide says what a machine boots.
+	Decide func(mac string, f decision.Facts, m decision.Mode) decision.Answer
 	// Save makes a lease durable; a client hears of it only afterwards.
 	Save func(Lease) error
+	// InUse tells which other machine uses an address, "" for none; it may
+	// take a moment. nil means that nobody looks.
+	InUse func(ctx context.Context, mac string, a netip.Addr) string
+	// Stranger tells of a machine that nobody knows yet: it gets a short
+	// lease. nil means that there are none.
+	Stranger func(mac string) bool
+	// Rival is told when a client takes the offer of another server; it must
+	// not block. It may be nil.
+	Rival func(server netip.Addr)
 	// Log may be nil.
 	Log *slog.Logger
+
+	pool   poolWatch
+	full   rarely
+	served served
 }
 
 // Ports of DHCP.
@@ -35,33 +51,72 @@ const (
 
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// Handle is the answer to a message and where to send it; nil is silence.
-func (h *Handler) Handle(now time.Time, req *dhcpv4.DHCPv4) (*dhcpv4.DHCPv4, netip.AddrPort) {
-	if req.OpCode != dhcpv4.OpcodeBootRequest || len(req.ClientHWAddr) != 6 || req.ClientHWAddr[0]&1 != 0 ||
-		[6]byte(req.ClientHWAddr) == ([6]byte{}) {
+// Handle is the answer to a message on port 67 and where to send it; nil is
+// silence.
+func (h *Handler) Handle(ctx context.Context, now time.Time, req *dhcpv4.DHCPv4) (*dhcpv4.DHCPv4, netip.AddrPort) {
+	if !h.sane(req) {
 		return nil, netip.AddrPort{}
 	}
-	if g := addrOf(req.GatewayIPAddr); isSet(g) && !h.Table.net.Subnet.Contains(g) {
-		h.log().Warn("dhcp: relayed request from a network that is not served", "relay", g, "mac", req.ClientHWAddr.String())
-		return nil, netip.AddrPort{}
+	if s := addrOf(req.ServerIdentifier()); h.Rival != nil && req.MessageType() == dhcpv4.MessageTypeRequest && isSet(s) && s != h.Table.net.Server {
+		h.Rival(s)
+	}
+	mode := decision.Server
+	if h.Mode != nil {
+		mode = h.Mode()
 	}
 	var reply *dhcpv4.DHCPv4
-	switch req.MessageType() {
-	case dhcpv4.MessageTypeDiscover:
-		reply = h.discover(now, req)
-	case dhcpv4.MessageTypeRequest:
-		reply = h.request(now, req)
-	case dhcpv4.MessageTypeInform:
-		reply = h.inform(req)
-	case dhcpv4.MessageTypeDecline:
-		h.decline(now, req)
-	case dhcpv4.MessageTypeRelease:
-		h.release(now, req)
+	if mode == decision.Proxy {
+		reply = h.beside(now, req)
+	} else {
+		reply = h.serve(ctx, now, req)
 	}
 	if reply == nil {
 		return nil, netip.AddrPort{}
 	}
 	return reply, destination(req, reply)
+}
+
+// sane tells whether a message is a client's on Ethernet.
+func (h *Handler) sane(req *dhcpv4.DHCPv4) bool {
+	return req.OpCode == dhcpv4.OpcodeBootRequest && len(req.ClientHWAddr) == 6 && req.ClientHWAddr[0]&1 == 0 &&
+		[6]byte(req.ClientHWAddr) != [6]byte{}
+}
+
+// serve answers where the head leases the addresses.
+func (h *Handler) serve(ctx context.Context, now time.Time, req *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
+	if g := addrOf(req.GatewayIPAddr); isSet(g) && !h.Table.net.Subnet.Contains(g) {
+		h.log().Warn("dhcp: relayed request from a network that is not served", "relay", g, "mac", req.ClientHWAddr.String())
+		return nil
+	}
+	switch req.MessageType() {
+	case dhcpv4.MessageTypeDiscover:
+		return h.discover(ctx, now, req)
+	case dhcpv4.MessageTypeRequest:
+		return h.request(now, req)
+	case dhcpv4.MessageTypeInform:
+		return h.inform(req)
+	case dhcpv4.MessageTypeDecline:
+		h.decline(now, req)
+	case dhcpv4.MessageTypeRelease:
+		h.release(now, req)
+	}
+	return nil
+}
+
+// beside answers where another server leases them. Relays of any network are
+// welcome: a boot file's URL is good everywhere.
+func (h *Handler) beside(now time.Time, req *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
+	switch req.MessageType() {
+	case dhcpv4.MessageTypeDiscover:
+		return h.proxyOffer(req)
+	case dhcpv4.MessageTypeRequest:
+		return h.renewal(now, req)
+	case dhcpv4.MessageTypeDecline:
+		h.decline(now, req)
+	case dhcpv4.MessageTypeRelease:
+		h.release(now, req)
+	}
+	return nil
 }
 
 // destination is where a reply goes (RFC 2131 section 4.1). A client without
@@ -80,22 +135,52 @@ func destination(req, reply *dhcpv4.DHCPv4) netip.AddrPort {
 	return netip.AddrPortFrom(broadcast, clientPort)
 }
 
-func (h *Handler) discover(now time.Time, req *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
+func (h *Handler) discover(ctx context.Context, now time.Time, req *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
 	mac := req.ClientHWAddr.String()
 	facts := factsOf(req)
-	trace.Event(h.log(), trace.Discover, mac, "vendor", facts.Vendor, "arch", facts.Arch, "ipxe", facts.IPXE)
-	addr, err := h.Table.Offer(now, mac, addrOf(req.RequestedIPAddress()))
+	addr, err := h.vacant(ctx, now, mac, addrOf(req.RequestedIPAddress()))
 	if err != nil {
-		var full ErrExhausted
-		if errors.As(err, &full) {
-			h.log().Warn("dhcp: no offer", "mac", mac, "error", err.Error(), "hint", "make the pool larger in cluster.yaml")
+		// Not a line for each packet: a flood must not fill the disk.
+		if more, ok := h.full.due(now); ok {
+			h.log().Warn("dhcp: no offer", "mac", mac, "error", err.Error(), "more", more, "hint", "make the pool larger in cluster.yaml")
 		}
 		return nil
 	}
-	answer := h.Decide(mac, facts)
-	reply := h.reply(req, dhcpv4.MessageTypeOffer, addr, &answer)
+	trace.Event(h.log(), trace.Discover, mac, "vendor", facts.Vendor, "arch", facts.Arch, "ipxe", facts.IPXE)
+	answer := h.Decide(mac, facts, decision.Server)
+	reply := h.reply(req, dhcpv4.MessageTypeOffer, addr, h.life(mac), &answer)
 	trace.Event(h.log(), trace.Offer, mac, "address", addr, "boot", bootText(answer))
 	return reply
+}
+
+// vacant holds an address for a machine that nobody else uses. It gives up
+// after some tries, and the client asks again.
+func (h *Handler) vacant(ctx context.Context, now time.Time, mac string, wish netip.Addr) (netip.Addr, error) {
+	const tries = 4
+	for range tries {
+		addr, vacant, err := h.Table.Offer(now, mac, wish)
+		if err != nil || vacant || h.InUse == nil {
+			return addr, err
+		}
+		other := h.InUse(ctx, mac, addr)
+		if other == "" {
+			h.Table.Vacant(mac, addr)
+			return addr, nil
+		}
+		h.Table.Occupied(now, addr)
+		h.log().Warn("dhcp: an address of the pool is in use by a machine that did not ask for it", "address", addr, "by", other,
+			"left alone for", quarantine, "hint", "give that machine an address outside the pool, or reserve it in cluster.yaml")
+	}
+	return netip.Addr{}, fmt.Errorf("%d addresses in a row are in use by machines that did not ask for them", tries)
+}
+
+// life is how long a machine may have its address.
+func (h *Handler) life(mac string) time.Duration {
+	full := h.Table.net.leaseTime()
+	if _, reserved := h.Table.net.Reserved[mac]; !reserved && h.Stranger != nil && h.Stranger(mac) {
+		return min(full, StrangerLeaseTime)
+	}
+	return full
 }
 
 func (h *Handler) request(now time.Time, req *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
@@ -112,18 +197,25 @@ func (h *Handler) request(now time.Time, req *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
 	if !isSet(wish) {
 		return nil
 	}
-	reason, err := h.Table.Commit(now, mac, wish, h.Save)
+	life := h.life(mac)
+	verdict, reason, err := h.Table.Commit(now, mac, wish, life, isSet(server), h.Save)
 	switch {
 	case err != nil:
 		h.log().Error("dhcp: no answer, the lease could not be stored", "mac", mac, "address", wish, "error", err.Error())
 		return nil
-	case reason != "":
+	case verdict == NotOurs:
+		return nil
+	case verdict == Wrong:
 		h.log().Info("dhcp: wrong request", "mac", mac, "address", wish, "reason", reason)
 		return h.nak(req, reason)
 	}
-	answer := h.Decide(mac, factsOf(req))
+	if c, low := h.pool.leased(now, h.Table); low {
+		h.log().Warn("dhcp: the pool is nearly used up", "network", h.Table.net.String(), "pool", c.String(), "free", c.free(),
+			"hint", "make the pool larger in cluster.yaml before machines are turned away")
+	}
+	answer := h.Decide(mac, factsOf(req), decision.Server)
 	trace.Event(h.log(), trace.Lease, mac, "address", wish, "boot", bootText(answer))
-	return h.reply(req, dhcpv4.MessageTypeAck, wish, &answer)
+	return h.reply(req, dhcpv4.MessageTypeAck, wish, life, &answer)
 }
 
 // inform answers a client that has an address by other means.
@@ -131,13 +223,20 @@ func (h *Handler) inform(req *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
 	if !isSet(addrOf(req.ClientIPAddr)) {
 		return nil
 	}
-	answer := h.Decide(req.ClientHWAddr.String(), factsOf(req))
-	return h.reply(req, dhcpv4.MessageTypeAck, netip.Addr{}, &answer)
+	answer := h.Decide(req.ClientHWAddr.String(), factsOf(req), decision.Server)
+	return h.reply(req, dhcpv4.MessageTypeAck, netip.Addr{}, 0, &answer)
 }
 
 func (h *Handler) decline(now time.Time, req *dhcpv4.DHCPv4) {
 	mac, addr := req.ClientHWAddr.String(), addrOf(req.RequestedIPAddress())
-	if h.forUs(req) && h.Table.Decline(now, mac, addr) {
+	if !h.forUs(req) {
+		return
+	}
+	quarantined, err := h.Table.Decline(now, mac, addr, h.Save)
+	if err != nil {
+		h.log().Error("dhcp: decline could not be stored", "mac", mac, "address", addr, "error", err.Error())
+	}
+	if quarantined {
 		h.log().Warn("dhcp: address is in use by a machine that did not ask for it", "address", addr, "told by", mac, "left alone for", quarantine)
 	}
 }
@@ -159,12 +258,11 @@ func (h *Handler) forUs(req *dhcpv4.DHCPv4) bool {
 
 // reply builds an offer or an acknowledgement. Both carry the same boot data:
 // some ROMs read it from the one, some from the other.
-func (h *Handler) reply(req *dhcpv4.DHCPv4, t dhcpv4.MessageType, addr netip.Addr, a *decision.Answer) *dhcpv4.DHCPv4 {
+func (h *Handler) reply(req *dhcpv4.DHCPv4, t dhcpv4.MessageType, addr netip.Addr, life time.Duration, a *decision.Answer) *dhcpv4.DHCPv4 {
 	n := &h.Table.net
 	reply := h.base(req, t)
 	if addr.IsValid() {
 		reply.YourIPAddr = ip(addr)
-		life := n.leaseTime()
 		reply.UpdateOption(dhcpv4.OptIPAddressLeaseTime(life))
 		reply.UpdateOption(dhcpv4.OptRenewTimeValue(life / 2))
 		reply.UpdateOption(dhcpv4.OptRebindingTimeValue(life * 7 / 8))
@@ -187,28 +285,6 @@ func (h *Handler) reply(req *dhcpv4.DHCPv4, t dhcpv4.MessageType, addr netip.Add
 	}
 	bootOptions(reply, n.Server, a)
 	return reply
-}
-
-// bootOptions puts the boot decision into header fields and options: EDK2
-// reads siaddr and option 67, U-Boot only the header, some others only the
-// options. Names end with a zero byte because ROMs print and use what follows.
-func bootOptions(reply *dhcpv4.DHCPv4, server netip.Addr, a *decision.Answer) {
-	if a.File == "" {
-		return
-	}
-	reply.ServerIPAddr = ip(server)
-	if len(a.File) < 128 {
-		reply.BootFileName = a.File
-	}
-	reply.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionBootfileName, []byte(a.File+"\x00")))
-	reply.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionTFTPServerName, []byte(server.String()+"\x00")))
-	if a.Vendor != "" {
-		reply.UpdateOption(dhcpv4.OptClassIdentifier(a.Vendor))
-	}
-	if a.NoProxy {
-		const noPXEDHCP = 176
-		reply.UpdateOption(dhcpv4.OptGeneric(dhcpv4.GenericOptionCode(optIPXE), []byte{noPXEDHCP, 1, 1}))
-	}
 }
 
 func (h *Handler) nak(req *dhcpv4.DHCPv4, reason string) *dhcpv4.DHCPv4 {
@@ -246,6 +322,8 @@ func bootText(a decision.Answer) string {
 		return "no netboot"
 	case decision.Refused:
 		return "refused: " + a.Reason
+	case decision.Local:
+		return "its own disk: nobody asked this machine to join"
 	}
 	return a.File
 }

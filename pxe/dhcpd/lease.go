@@ -7,6 +7,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"mosimg/pxe/limit"
 )
 
 // Times of leases.
@@ -14,12 +16,20 @@ const (
 	// DefaultLeaseTime is long enough that a busy head may be restarted, and
 	// short enough that a pool of spare addresses comes back within a shift.
 	DefaultLeaseTime = time.Hour
+	// StrangerLeaseTime is enough to boot and to be seen by an operator. A
+	// machine's service processor, ROM and system may all ask, and a room of
+	// guests must not use up the pool (coresmd, Warewulf: 2 to 5 minutes).
+	StrangerLeaseTime = 5 * time.Minute
 	// offerHold is how long an offered address is kept for its machine.
 	// EDK2 takes up to 60 s from offer to request (4+8+16+32 s of retries).
 	offerHold = time.Minute
 	// quarantine is how long an address is left alone after a machine said
 	// that somebody else uses it (dnsmasq: DECLINE_BACKOFF 600).
 	quarantine = 10 * time.Minute
+	// declines are the addresses that one machine may put in quarantine in
+	// that time. One whose router answers every ARP request (proxy ARP)
+	// declines whatever it gets, and would use up the pool.
+	declines = 3
 	// longestLease is more than any configuration allows. A lease that ends
 	// later was given when the head's clock was wrong, and must not block
 	// its address until then.
@@ -77,7 +87,8 @@ func (e ErrExhausted) Error() string { return "no free address: the pool has " +
 // ids, and must get one address. Its methods may be called concurrently; time
 // is always given, never read.
 type Table struct {
-	net Network
+	net      Network
+	reserved map[netip.Addr]bool // the addresses in net.Reserved
 
 	// mu guards the following.
 	mu     sync.Mutex
@@ -85,19 +96,28 @@ type Table struct {
 	byAddr map[netip.Addr]string // address -> MAC; the inverse of byMAC
 	offers map[netip.Addr]offer
 	shun   map[netip.Addr]time.Time // in quarantine until then
+	// believe bounds the declines of each machine.
+	believe *limit.Limiter
 }
 
 type offer struct {
 	mac   string
 	until time.Time
+	// vacant: somebody looked whether the address is in use.
+	vacant bool
 }
 
 // NewTable makes a table that knows the leases given before. Those that no
 // longer fit the network are dropped.
 func NewTable(n Network, known []Lease) *Table {
 	t := &Table{
-		net: n, byMAC: map[string]Lease{}, byAddr: map[netip.Addr]string{},
+		reserved: map[netip.Addr]bool{},
+		net:      n, byMAC: map[string]Lease{}, byAddr: map[netip.Addr]string{},
 		offers: map[netip.Addr]offer{}, shun: map[netip.Addr]time.Time{},
+		believe: limit.New(declines/quarantine.Seconds(), declines, 4096),
+	}
+	for _, r := range n.Reserved {
+		t.reserved[r] = true
 	}
 	// The newest claim to an address wins.
 	slices.SortFunc(known, func(a, b Lease) int { return a.Expires.Compare(b.Expires) })
@@ -123,15 +143,7 @@ func (t *Table) mayHave(mac string, a netip.Addr) bool {
 	if r, ok := t.net.Reserved[mac]; ok {
 		return a == r
 	}
-	if !t.net.inPool(a) {
-		return false
-	}
-	for _, r := range t.net.Reserved {
-		if r == a {
-			return false
-		}
-	}
-	return true
+	return t.net.inPool(a) && !t.reserved[a]
 }
 
 func (t *Table) set(l Lease) {
@@ -157,42 +169,71 @@ func (t *Table) free(now time.Time, mac string, a netip.Addr) bool {
 }
 
 // Offer picks an address for a machine and holds it for a minute: its
-// reservation, its last address, the one it wishes for, one that nobody ever
-// had, and at last the one whose lease expired longest ago.
-func (t *Table) Offer(now time.Time, mac string, wish netip.Addr) (netip.Addr, error) {
+// reservation, its last address, the one that it was offered, the one it wishes
+// for, one that nobody ever had, and at last the one whose lease expired
+// longest ago. vacant tells that nobody else can be using it: it is reserved,
+// leased to this machine, or was found Vacant for it a moment ago.
+func (t *Table) Offer(now time.Time, mac string, wish netip.Addr) (a netip.Addr, vacant bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	a, ok := t.pick(now, mac, wish)
-	if !ok {
-		return netip.Addr{}, ErrExhausted{t.counts(now)}
-	}
+	var held netip.Addr
 	for x, o := range t.offers {
-		if o.mac == mac || !now.Before(o.until) {
+		switch {
+		case !now.Before(o.until):
 			delete(t.offers, x)
+		case o.mac == mac:
+			held = x
 		}
 	}
-	t.offers[a] = offer{mac, now.Add(offerHold)}
-	return a, nil
+	a, ok := t.pick(now, mac, held, wish)
+	if !ok {
+		return netip.Addr{}, false, ErrExhausted{t.counts(now)}
+	}
+	_, reserved := t.net.Reserved[mac]
+	l := t.byMAC[mac]
+	vacant = reserved || l.Addr == a && l.live(now) || held == a && t.offers[a].vacant
+	if held.IsValid() {
+		delete(t.offers, held)
+	}
+	t.offers[a] = offer{mac, now.Add(offerHold), vacant}
+	return a, vacant, nil
 }
 
-func (t *Table) pick(now time.Time, mac string, wish netip.Addr) (netip.Addr, bool) {
+// Vacant notes that nobody answers for an address that mac was offered.
+func (t *Table) Vacant(mac string, a netip.Addr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if o, ok := t.offers[a]; ok && o.mac == mac {
+		o.vacant = true
+		t.offers[a] = o
+	}
+}
+
+// Occupied puts an address in quarantine: somebody who was not given it
+// answers for it.
+func (t *Table) Occupied(now time.Time, a netip.Addr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.offers, a)
+	t.shun[a] = now.Add(quarantine)
+}
+
+func (t *Table) pick(now time.Time, mac string, held, wish netip.Addr) (netip.Addr, bool) {
 	if r, ok := t.net.Reserved[mac]; ok {
 		return r, !now.Before(t.shun[r])
 	}
 	if l, ok := t.byMAC[mac]; ok && t.free(now, mac, l.Addr) {
 		return l.Addr, true
 	}
-	if wish.IsValid() && t.mayHave(mac, wish) && t.free(now, mac, wish) {
-		return wish, true
-	}
-	reserved := map[netip.Addr]bool{}
-	for _, r := range t.net.Reserved {
-		reserved[r] = true
+	for _, a := range []netip.Addr{held, wish} {
+		if a.IsValid() && t.mayHave(mac, a) && t.free(now, mac, a) {
+			return a, true
+		}
 	}
 	var oldest netip.Addr
 	var since time.Time
 	for a := t.net.First; a.IsValid() && a.Compare(t.net.Last) <= 0; a = a.Next() {
-		if reserved[a] || a == t.net.Server || !t.free(now, mac, a) {
+		if t.reserved[a] || a == t.net.Server || !t.free(now, mac, a) {
 			continue
 		}
 		holder, had := t.byAddr[a]
@@ -206,73 +247,117 @@ func (t *Table) pick(now time.Time, mac string, wish netip.Addr) (netip.Addr, bo
 	return oldest, oldest.IsValid()
 }
 
-// Commit gives a machine the address that it asks for. save must make the
-// lease durable; it is called before the table changes, and without an answer
-// to the client when it fails. The reason says why not when ok is false.
-func (t *Table) Commit(now time.Time, mac string, a netip.Addr, save func(Lease) error) (reason string, err error) {
+// Verdict is what a table says to a machine that asks for an address.
+type Verdict int
+
+const (
+	// Granted: the lease is stored.
+	Granted Verdict = iota
+	// Wrong: the machine cannot have this address and must be told.
+	Wrong
+	// NotOurs: another server may have given it; we know nothing of either.
+	NotOurs
+)
+
+// Commit gives a machine the address that it asks for, for some time. save must
+// make the lease durable; it is called before the table changes, and without an
+// answer to the client when it fails. chosen tells that the machine took our
+// offer. The reason says why not when the verdict is Wrong.
+func (t *Table) Commit(now time.Time, mac string, a netip.Addr, life time.Duration, chosen bool, save func(Lease) error) (v Verdict, reason string, err error) {
 	t.mu.Lock()
-	l := Lease{MAC: mac, Addr: a, Expires: now.Add(t.net.leaseTime())}
-	switch {
-	case !t.net.Subnet.Contains(a):
-		reason = "it is not in " + t.net.Subnet.String()
-	case !t.mayHave(mac, a):
-		reason = "it is not this machine's to have"
-	case !t.free(now, mac, a):
-		reason = "another machine has it"
-	case t.byMAC[mac].Addr.IsValid() && t.byMAC[mac].Addr != a && t.free(now, mac, t.byMAC[mac].Addr) && t.offers[a].mac != mac:
-		// It was given another one since, and nobody offered it this one.
-		reason = "this machine's address is " + t.byMAC[mac].Addr.String()
-	}
-	if reason == "" {
+	v, reason = t.judge(now, mac, a, chosen)
+	if v == Granted {
 		// Hold it while the lease is written: others wait for other
 		// addresses, not for the disk.
-		t.offers[a] = offer{mac, now.Add(offerHold)}
+		t.offers[a] = offer{mac, now.Add(offerHold), true}
 	}
 	t.mu.Unlock()
-	if reason != "" {
-		return reason, nil
+	if v != Granted {
+		return v, reason, nil
 	}
+	l := Lease{MAC: mac, Addr: a, Expires: now.Add(life)}
 	if err := save(l); err != nil {
-		return "", err
+		return Granted, "", err
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.offers, a)
 	t.set(l)
-	return "", nil
+	return Granted, "", nil
+}
+
+func (t *Table) judge(now time.Time, mac string, a netip.Addr, chosen bool) (Verdict, string) {
+	mine, had := t.byMAC[mac]
+	_, reserved := t.net.Reserved[mac]
+	switch {
+	case !t.net.Subnet.Contains(a):
+		return Wrong, "it is not in " + t.net.Subnet.String()
+	case !t.mayHave(mac, a):
+		// RFC 2131 section 4.3.2: a server without a record of the client
+		// must be silent, since the address may come from another one.
+		if !chosen && !had && !reserved && !t.net.inPool(a) && a != t.net.Server && !t.reserved[a] {
+			return NotOurs, ""
+		}
+		return Wrong, "it is not this machine's to have"
+	case !t.free(now, mac, a):
+		return Wrong, "another machine has it"
+	case had && mine.Addr != a && t.free(now, mac, mine.Addr) && t.offers[a].mac != mac:
+		// It was given another one since, and nobody offered it this one.
+		return Wrong, "this machine's address is " + mine.Addr.String()
+	}
+	return Granted, ""
 }
 
 // Release ends a machine's lease. The address stays its own while it is free.
 func (t *Table) Release(now time.Time, mac string, a netip.Addr, save func(Lease) error) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	l, ok := t.byMAC[mac]
+	l, ok := t.lease(mac)
 	if !ok || l.Addr != a || !l.live(now) {
 		return nil
 	}
-	l.Expires = now
-	if err := save(l); err != nil {
+	ended := l
+	ended.Expires = now
+	if err := save(ended); err != nil {
 		return err
 	}
-	t.set(l)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.byMAC[mac] == l { // not renewed meanwhile
+		t.set(ended)
+	}
 	return nil
 }
 
-// Decline puts an address in quarantine: the machine that was given it found
-// someone else using it. Only that machine is believed.
-func (t *Table) Decline(now time.Time, mac string, a netip.Addr) bool {
+func (t *Table) lease(mac string) (Lease, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.byAddr[a] != mac && t.offers[a].mac != mac {
-		return false
+	l, ok := t.byMAC[mac]
+	return l, ok
+}
+
+// Decline puts an address in quarantine: the machine that was given it found
+// someone else using it. Only that machine is believed, and not without end;
+// for the rest it loses the address. save makes durable that it has it no more.
+func (t *Table) Decline(now time.Time, mac string, a netip.Addr, save func(Lease) error) (quarantined bool, err error) {
+	t.mu.Lock()
+	leased := t.byAddr[a] == mac
+	if !leased && t.offers[a].mac != mac {
+		t.mu.Unlock()
+		return false, nil
 	}
 	delete(t.offers, a)
-	if t.byAddr[a] == mac {
+	if leased {
 		delete(t.byAddr, a)
 		delete(t.byMAC, mac)
 	}
-	t.shun[a] = now.Add(quarantine)
-	return true
+	quarantined = t.believe.Allow(mac, now)
+	if quarantined {
+		t.shun[a] = now.Add(quarantine)
+	}
+	t.mu.Unlock()
+	if leased {
+		err = save(Lease{MAC: mac, Addr: a, Expires: now})
+	}
+	return quarantined, err
 }
 
 // Withdraw ends the hold of an offer that the machine did not take.

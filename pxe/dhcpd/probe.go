@@ -23,26 +23,42 @@ const (
 type Peer struct{ Address, Offers netip.Addr }
 
 // Probe asks an interface's network for an address, as a client would, and
-// returns who offers one. ok is false when nobody does. Nothing is leased: the
-// offer is not taken.
-func Probe(ctx context.Context, ifname string) (p Peer, ok bool, err error) {
+// returns who offers one; own is the head's address there, whose offers do not
+// count (a relay may carry the question back). ok is false when nobody does.
+// Nothing is leased: the offer is not taken.
+func Probe(ctx context.Context, ifname string, own netip.Addr) (p Peer, ok bool, err error) {
+	fail := func(err error) (Peer, bool, error) {
+		return Peer{}, false, fmt.Errorf("look for another DHCP server on %s: %w", ifname, err)
+	}
 	c, err := nclient4.New(ifname, nclient4.WithTimeout(probeRepeat), nclient4.WithRetry(2))
 	if err != nil {
-		return Peer{}, false, fmt.Errorf("look for another DHCP server on %s: %w", ifname, err)
+		return fail(err)
 	}
 	defer c.Close()
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
-	offer, err := c.DiscoverOffer(ctx, dhcpv4.WithBroadcast(true))
+	ask, err := dhcpv4.NewDiscovery(c.InterfaceAddr(), dhcpv4.WithBroadcast(true))
+	if err != nil {
+		return fail(err)
+	}
+	// An offer without an address is a proxy's.
+	foreign := func(m *dhcpv4.DHCPv4) bool {
+		return m.MessageType() == dhcpv4.MessageTypeOffer && isSet(addrOf(m.YourIPAddr)) && serverOf(m) != own
+	}
+	offer, err := c.SendAndRead(ctx, c.RemoteAddr(), ask, foreign)
 	if err != nil {
 		if errors.Is(err, nclient4.ErrNoResponse) || errors.Is(err, context.DeadlineExceeded) {
 			return Peer{}, false, nil
 		}
-		return Peer{}, false, fmt.Errorf("look for another DHCP server on %s: %w", ifname, err)
+		return fail(err)
 	}
-	p = Peer{Address: addrOf(offer.ServerIdentifier()), Offers: addrOf(offer.YourIPAddr)}
-	if !isSet(p.Address) {
-		p.Address = addrOf(offer.ServerIPAddr)
+	return Peer{Address: serverOf(offer), Offers: addrOf(offer.YourIPAddr)}, true, nil
+}
+
+// serverOf is who sent an offer, by its own word.
+func serverOf(m *dhcpv4.DHCPv4) netip.Addr {
+	if a := addrOf(m.ServerIdentifier()); isSet(a) {
+		return a
 	}
-	return p, true, nil
+	return addrOf(m.ServerIPAddr)
 }

@@ -1,5 +1,6 @@
 // Package dhcpd is the head's DHCP server: an address and a boot file for
-// every machine on the interfaces that it is told to serve.
+// every machine on the interfaces that it is told to serve, or, where another
+// server leases the addresses, only the boot file ("proxy DHCP").
 //
 // There is one socket for each interface, bound to that device and to the
 // wildcard address: Linux delivers no broadcast to a socket that is bound to
@@ -11,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"runtime/debug"
 	"sync"
 	"syscall"
@@ -24,8 +26,11 @@ import (
 
 // Bounds on the work that the network can cause.
 const (
-	workers  = 8    // at once, for each interface: most of the time is fsync
-	backlog  = 256  // packets that wait; more are dropped, clients repeat
+	// atOnce packets are answered at the same time on each interface; more
+	// are dropped, and clients repeat. Nearly all of the time is spent
+	// waiting, 300 ms for ARP and then for an fsync that many share, so 512
+	// answer 1000 machines in a second.
+	atOnce   = 512
 	maxBytes = 4096 // of one packet; larger ones are cut and fail to parse
 )
 
@@ -55,8 +60,23 @@ type Server struct {
 	Now func() time.Time
 }
 
-// Serve answers packets until ctx ends. It closes conn.
+// Serve answers what comes to port 67 until ctx ends. It closes conn.
 func (s *Server) Serve(ctx context.Context, conn *net.UDPConn) error {
+	return s.serve(ctx, conn, func(now time.Time, req *dhcpv4.DHCPv4, _ netip.AddrPort) (*dhcpv4.DHCPv4, netip.AddrPort) {
+		return s.Handler.Handle(ctx, now, req)
+	})
+}
+
+// ServeBoot answers what comes to port 4011 until ctx ends. It closes conn.
+func (s *Server) ServeBoot(ctx context.Context, conn *net.UDPConn) error {
+	return s.serve(ctx, conn, func(_ time.Time, req *dhcpv4.DHCPv4, from netip.AddrPort) (*dhcpv4.DHCPv4, netip.AddrPort) {
+		return s.Handler.HandleBoot(req, from)
+	})
+}
+
+type handleFunc func(time.Time, *dhcpv4.DHCPv4, netip.AddrPort) (*dhcpv4.DHCPv4, netip.AddrPort)
+
+func (s *Server) serve(ctx context.Context, conn *net.UDPConn, handle handleFunc) error {
 	now := s.Now
 	if now == nil {
 		now = time.Now
@@ -66,20 +86,12 @@ func (s *Server) Serve(ctx context.Context, conn *net.UDPConn) error {
 
 	// Firmware sends a handful of packets in a boot; 5 a second is a loop.
 	perMAC := limit.New(5, 20, 4096)
-	queue := make(chan *dhcpv4.DHCPv4, backlog)
+	room := make(chan struct{}, atOnce)
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	defer close(queue)
-	for range workers {
-		wg.Go(func() {
-			for req := range queue {
-				s.answer(conn, now(), req)
-			}
-		})
-	}
 	buf := make([]byte, maxBytes)
 	for {
-		n, _, err := conn.ReadFromUDPAddrPort(buf)
+		n, from, err := conn.ReadFromUDPAddrPort(buf)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -105,21 +117,26 @@ func (s *Server) Serve(ctx context.Context, conn *net.UDPConn) error {
 			continue
 		}
 		select {
-		case queue <- req:
+		case room <- struct{}{}:
 		default:
-			s.Handler.log().Warn("dhcp: too busy, packet dropped", "mac", req.ClientHWAddr.String())
+			s.Handler.log().Debug("dhcp: too busy, packet dropped", "mac", req.ClientHWAddr.String())
+			continue
 		}
+		wg.Go(func() {
+			defer func() { <-room }()
+			s.answer(conn, now(), req, from, handle)
+		})
 	}
 }
 
 // answer handles one packet. A fault in it costs that packet and not the head.
-func (s *Server) answer(conn *net.UDPConn, now time.Time, req *dhcpv4.DHCPv4) {
+func (s *Server) answer(conn *net.UDPConn, now time.Time, req *dhcpv4.DHCPv4, from netip.AddrPort, handle handleFunc) {
 	defer func() {
 		if r := recover(); r != nil {
 			s.Handler.log().Error("dhcp: fault while answering", "mac", req.ClientHWAddr.String(), "panic", r, "stack", string(debug.Stack()))
 		}
 	}()
-	reply, to := s.Handler.Handle(now, req)
+	reply, to := handle(now, req, from)
 	if reply == nil {
 		return
 	}

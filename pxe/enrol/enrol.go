@@ -111,9 +111,13 @@ func (s *Service) log() *slog.Logger {
 	return s.Log
 }
 
-// IssueNonce makes the boot nonce for one machine's script.
+// IssueNonce makes the boot nonce for one machine's script. The zero from binds
+// it to no address.
 func (s *Service) IssueNonce(mac string, from netip.Addr) (string, error) {
-	n := &registry.Nonce{Value: newNonce(), MAC: mac, Source: from.String(), Expires: s.now().Add(NonceLife)}
+	n := &registry.Nonce{Value: newNonce(), MAC: mac, Expires: s.now().Add(NonceLife)}
+	if from.IsValid() {
+		n.Source = from.String()
+	}
 	return n.Value, s.Store.Update(func(tx *registry.Tx) error {
 		tx.Prune()
 		all := tx.Nonces()
@@ -158,6 +162,33 @@ func (s *Service) IssueTicket(mac string, addr netip.Addr) (string, error) {
 		tx.PutNonce(n)
 		return nil
 	})
+}
+
+// Approved tells whether a machine's enrolment was approved by an operator or
+// by a rule.
+func (s *Service) Approved(mac string) (yes bool, err error) {
+	err = s.Store.View(func(tx *registry.Tx) error {
+		n := tx.Node(mac)
+		yes = s.Listed[mac] || n != nil && n.State == api.Approved
+		return nil
+	})
+	return yes, err
+}
+
+// Expected tells whether a machine would be let in if it enrolled now: it is
+// approved, or an adoption window is open and nobody decided against it.
+func (s *Service) Expected(mac string) (yes bool, err error) {
+	err = s.Store.View(func(tx *registry.Tx) error {
+		n := tx.Node(mac)
+		switch {
+		case n == nil, n.State == api.Pending:
+			yes = s.Listed[mac] || tx.Adoption().Open(tx.Now())
+		default:
+			yes = n.State == api.Approved
+		}
+		return nil
+	})
+	return yes, err
 }
 
 // Denied is the reason why a machine must not boot from us, or "".

