@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"mosimg/image/mediatest"
 )
 
 // The installer itself is the oracle: on the same volume it and we must put
@@ -83,7 +85,7 @@ func lookPath(t *testing.T, name string) string {
 }
 
 func FuzzExtract(f *testing.F) {
-	f.Add(installerLike(64))
+	f.Add(mediatest.Installer(64))
 	f.Add([]byte("\r\nSYSLINUX "))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		l, err := Extract(b)
@@ -94,22 +96,6 @@ func FuzzExtract(f *testing.F) {
 			t.Errorf("Install gave %d bytes; want %d", len(file), l.Size())
 		}
 	})
-}
-
-// installerLike is a program with the marks that Extract looks for.
-func installerLike(sectors int) []byte {
-	le := binary.LittleEndian
-	boot := make([]byte, sectorSize)
-	boot[0], boot[510], boot[511] = 0xeb, 0x55, 0xaa
-	le.PutUint32(boot[magicInBoot:], magic)
-	image := make([]byte, sectors*sectorSize)
-	copy(image, "\r\nSYSLINUX 6.04 ")
-	le.PutUint32(image[24:], magic)
-	le.PutUint16(image[24+patchExtArea:], 600)
-	for i, v := range []uint16{700, 0, 0, 0, 0, 100, 20, 400, 404, 0} {
-		le.PutUint16(image[600+2*i:], v)
-	}
-	return append(append(boot, image...), "\x7fELF\x01\x01\x01"...)
 }
 
 // A program of another version must be refused, not half understood.
@@ -128,7 +114,7 @@ func TestExtractRefusals(t *testing.T) {
 		{"extents outside", func(b []byte) []byte { b[512+600+extExtents+1] = 0xff; return b }, "another version"},
 		{"too few extents", func(b []byte) []byte { b[512+600+extExtentCount] = 0; return b }, "another version"},
 	} {
-		_, err := Extract(tc.harm(installerLike(64)))
+		_, err := Extract(tc.harm(mediatest.Installer(64)))
 		if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
 			t.Errorf("%s: Extract = %v; want %q", tc.name, err, tc.want)
 		}
