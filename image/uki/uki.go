@@ -31,6 +31,7 @@ const (
 	numberOfSections         = 2  // from the COFF header
 	certificateTable         = 4  // number of the data directory
 	maxImage                 = 1 << 31
+	maxAlignment             = 1 << 16 // that of arm64's stub
 	// readOnlyData is IMAGE_SCN_CNT_INITIALIZED_DATA and IMAGE_SCN_MEM_READ.
 	readOnlyData = 0x40000040
 )
@@ -46,10 +47,10 @@ func Assemble(stub []byte, sections []Section) ([]byte, error) {
 	if !ok {
 		return nil, errors.New("the stub is not a 64-bit EFI program")
 	}
-	align := int64(opt.SectionAlignment)
+	align, inFile := int64(opt.SectionAlignment), int64(opt.FileAlignment)
 	switch {
-	case align < 512 || align&(align-1) != 0 || align > 1<<21:
-		return nil, fmt.Errorf("the stub's section alignment is %d", align)
+	case align&(align-1) != 0 || inFile&(inFile-1) != 0 || inFile < 1 || align < max(inFile, 512) || align > maxAlignment:
+		return nil, fmt.Errorf("the stub's alignments are %d and %d", align, inFile)
 	case opt.NumberOfRvaAndSizes > certificateTable && opt.DataDirectory[certificateTable].Size != 0:
 		return nil, errors.New("the stub is signed")
 	}
@@ -82,7 +83,7 @@ func Assemble(stub []byte, sections []Section) ([]byte, error) {
 		taken[s.Name] = true
 		image = pad(image, align)
 		memory = (memory + align - 1) &^ (align - 1)
-		raw := alignUp(int64(len(s.Data)), int64(opt.FileAlignment))
+		raw := alignUp(int64(len(s.Data)), inFile)
 		if memory+raw > maxImage || int64(len(image))+raw > maxImage {
 			return nil, errors.New("it would be larger than 2 GiB, which no firmware loads")
 		}
@@ -95,7 +96,7 @@ func Assemble(stub []byte, sections []Section) ([]byte, error) {
 		le.PutUint32(header[16:], uint32(raw))
 		le.PutUint32(header[20:], uint32(len(image)))
 		le.PutUint32(header[36:], readOnlyData)
-		image = pad(append(image, s.Data...), int64(opt.FileAlignment))
+		image = pad(append(image, s.Data...), inFile)
 		memory += int64(len(s.Data))
 		entry += sectionHeader
 		added += raw
@@ -109,9 +110,6 @@ func Assemble(stub []byte, sections []Section) ([]byte, error) {
 }
 
 func alignUp(n, to int64) int64 {
-	if to < 1 {
-		to = 1
-	}
 	return (n + to - 1) / to * to
 }
 
