@@ -124,12 +124,12 @@ func (b *builder) media(ctx context.Context, dir string, m *imageset.Manifest) e
 // medium is the work on the boot media of one set.
 type medium struct {
 	*builder
-	dir             string
-	set             *imageset.Manifest
-	cmdline         string
-	kernel, initrd  []byte
-	uki             []byte
-	kernelAt, inits int64 // where uki has the two
+	dir                string
+	set                *imageset.Manifest
+	cmdline            string
+	kernel, initrd     []byte
+	uki                []byte
+	kernelAt, initrdAt int64 // where uki has the two
 }
 
 // loader is a file of the loaders' step.
@@ -197,7 +197,7 @@ func (d *medium) unify() (err error) {
 	if err != nil {
 		return err
 	}
-	d.kernelAt, d.inits = int64(f.Section(".linux").Offset), int64(f.Section(".initrd").Offset)
+	d.kernelAt, d.initrdAt = int64(f.Section(".linux").Offset), int64(f.Section(".initrd").Offset)
 	return nil
 }
 
@@ -322,7 +322,7 @@ func (d *medium) writeISO(f *os.File) error {
 		UEFI: iso.File{Name: "the EFI partition", Block: espAt / iso.BlockSize, Size: uint32(v.Size())},
 		Files: []iso.File{
 			{Name: biosKernel + ".", Block: block(d.kernelAt), Size: uint32(len(d.kernel))},
-			{Name: biosInitrd, Block: block(d.inits), Size: uint32(len(d.initrd))},
+			{Name: biosInitrd, Block: block(d.initrdAt), Size: uint32(len(d.initrd))},
 		},
 	}
 	// The small files lie between the head and the EFI partition.

@@ -5,8 +5,8 @@
 // Debian ships both only within the installer's program, one after the other.
 // They are found by what marks them for installers: a magic number, which
 // stands at the end of the boot sector and near the beginning of ldlinux.sys.
-// The layout of what is filled in is that of libinstaller/syslxint.h and
-// syslxopt of syslinux 6.04 (struct patch_area, struct ext_patch_area).
+// The layout of what is filled in is that of syslinux 6.04
+// (libinstaller/syslxint.h: struct patch_area, struct ext_patch_area).
 package syslinux
 
 import (
