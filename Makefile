@@ -21,7 +21,7 @@ WITH_GO = go_dir=$$(scripts/bootstrap go); export PATH="$$go_dir:$$PATH";
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,-exec "sudo -E")
 
 QEMU_PACKAGES := qemu-system-x86 ipxe-qemu ovmf
-TEST_PACKAGES := $(QEMU_PACKAGES) gcc libc6-dev make git perl python3 sqlite3 xz-utils iproute2 curl tftp-hpa atftp busybox isc-dhcp-client udhcpc dnsmasq-base kea-admin systemd util-linux cpio zstd
+TEST_PACKAGES := $(QEMU_PACKAGES) gcc libc6-dev make git perl python3 sqlite3 xz-utils iproute2 curl tftp-hpa atftp busybox isc-dhcp-client udhcpc dnsmasq-base kea-admin systemd util-linux cpio zstd qemu-utils dosfstools mtools gdisk xorriso syslinux
 
 .PHONY: help
 help: ## Show this list
@@ -50,6 +50,8 @@ test: ## Every test: unit, network namespaces, virtual machines
 	$(WITH_GO) MOSIMG_CRIU="$(abspath $(OUT))-criu" MOSIMG_HOMEFILES=1 go test $(AS_ROOT) -p 1 -timeout 20m ./agent/... ./qemu-tests/native
 	$(WITH_GO) MOSIMG_E2E=1 go test -count=1 -timeout 15m -run RealImage ./image
 	$(WITH_GO) MOSIMG_VM=1 MOSIMG_IMAGES="$(abspath $(OUT))" go test $(AS_ROOT) -count=1 -timeout 20m -v -run VM ./pxe
+	$(WITH_GO) go run ./cmd/mosimg build -o $(OUT)-media --outputs uki,disk,iso,qcow2 --head https://10.77.0.1:4660 --ca sha256:$$(printf mosimg | sha256sum | cut -d' ' -f1)
+	$(WITH_GO) MOSIMG_VM=1 MOSIMG_MEDIA="$(abspath $(OUT))-media" go test -count=1 -timeout 20m -v ./qemu-tests/media
 	$(WITH_GO) MOSIMG_VM=1 MOSIMG_IMAGES="$(abspath $(OUT))" go test -count=1 -timeout 40m -v ./qemu-tests/scenario
 
 .PHONY: demo
@@ -69,7 +71,7 @@ soak: ## Long fuzzing (FUZZTIME=1m each) and many faults (MOSIMG_FAULTS=300); no
 
 .PHONY: clean
 clean: ## Remove what the targets above made here
-	rm -rf bin $(OUT) $(OUT)-criu
+	rm -rf bin $(OUT) $(OUT)-criu $(OUT)-media
 
 $(LINT):
 	$(WITH_GO) tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \

@@ -70,6 +70,9 @@ func (b *builder) assemble(ctx context.Context, dir string) (*imageset.Manifest,
 	if err := b.headArchive(ctx, dir, m); err != nil {
 		return nil, err
 	}
+	if err := b.media(ctx, dir, m); err != nil {
+		return nil, err
+	}
 	sortFiles(m)
 	return m, m.Write(dir)
 }
@@ -96,7 +99,7 @@ func sortFiles(m *imageset.Manifest) {
 
 // describe fills in what the steps say about themselves.
 func (b *builder) describe(m *imageset.Manifest) error {
-	inNode := map[string]string{stepKernel: "node", stepCRIU: "node", stepBoot: "boot", stepUserland: "head"}
+	inNode := map[string]string{stepKernel: "node", stepCRIU: "node", stepBoot: "boot", stepLoaders: "boot", stepUserland: "head"}
 	packages := make(map[string]*debian.Package)
 	for _, p := range b.lock.all() {
 		packages[p.Name] = p
@@ -104,7 +107,10 @@ func (b *builder) describe(m *imageset.Manifest) error {
 	type use struct{ pkg, by string }
 	seen := make(map[use]bool)
 	modules := make(map[imageset.Module]bool)
-	for _, s := range []string{stepBase, stepKernel, stepCRIU, stepUtilities, stepAgent, stepBoot, stepUserland, stepTool} {
+	for _, s := range []string{stepBase, stepKernel, stepCRIU, stepUtilities, stepAgent, stepBoot, stepLoaders, stepUserland, stepTool} {
+		if b.results[s] == nil {
+			continue // nobody asked for it
+		}
 		in, err := readInfo(b.results[s])
 		if err != nil {
 			return err

@@ -51,6 +51,10 @@ type Options struct {
 	Keyring string   // "" means debian.DefaultKeyring
 	Cache   string   // "" means cache.DefaultDir
 	Source  string   // checkout of mosimg; "" means around the current folder
+	// Head and CA tell machines that boot from the boot media where their
+	// head is, as its boot script tells those that boot from the network:
+	// https://ADDRESS:PORT and sha256:HEX. Both or neither.
+	Head, CA string
 	// Report, if not nil, hears of the steps as they go.
 	Report func(steps.Event)
 	Log    *slog.Logger // nil is silent
@@ -58,8 +62,9 @@ type Options struct {
 	host *debian.Host // for tests; nil means this machine's
 }
 
-// Outputs are the kinds of output that exist.
-var Outputs = []string{"pxe"}
+// Outputs are the kinds of output that exist. The first one is the image set
+// itself, which is made in any case.
+var Outputs = []string{"pxe", outputUKI, outputDisk, outputISO, outputQCOW2}
 
 // Summary is what a build made.
 type Summary struct {
@@ -170,6 +175,9 @@ func (o *Options) check() error {
 			all.Addf("--outputs %s: this version of mosimg makes: %s", kind, strings.Join(Outputs, ", "))
 		}
 	}
+	for _, err := range o.checkHead() {
+		all.Add(err)
+	}
 	if o.Out == "" {
 		all.Addf("-o is empty: it names the output folder")
 	}
@@ -276,10 +284,12 @@ func seconds(d time.Duration) float64 {
 }
 
 // Room that a build needs, rounded up: downloads, results and the unpacked
-// kernel in the cache; kernel, initramfs, head archive in the output.
+// kernel in the cache; kernel, initramfs, head archive in the output, and each
+// of the boot media.
 const (
 	cacheRoom  = 800 << 20
 	outputRoom = 300 << 20
+	mediumRoom = 100 << 20
 )
 
 // explainFullDisk turns "no space left on device", from wherever it came, into
@@ -290,7 +300,7 @@ func (b *builder) explainFullDisk(out *output, err error) error {
 	}
 	return fault.New(fault.Environment, "build", "image", err, fmt.Sprintf(
 		"a build needs about %d MB in the cache %s (%s free; --cache) and %d MB in %s (%s free; -o)",
-		cacheRoom>>20, b.cache.Dir(), free(b.cache.Dir()), outputRoom>>20, out.parent, free(out.parent)))
+		cacheRoom>>20, b.cache.Dir(), free(b.cache.Dir()), (outputRoom+int64(len(b.Outputs))*mediumRoom)>>20, out.parent, free(out.parent)))
 }
 
 func free(dir string) string {

@@ -20,6 +20,7 @@ import (
 
 	"mosimg/image/debian"
 	"mosimg/image/debian/debiantest"
+	"mosimg/image/mediatest"
 	"mosimg/image/profile"
 	"mosimg/image/steps"
 	"mosimg/initramfs/elftest"
@@ -94,6 +95,14 @@ func newWorld(t *testing.T) *world {
 		debiantest.Package{Name: "ipxe", Version: "1.21", Arch: "all", Files: map[string]string{"usr/lib/ipxe/undionly.kpxe": "bios", "usr/lib/ipxe/ipxe-amd64.efi": "efi", "usr/lib/ipxe/snponly.efi": "-> ipxe-amd64.efi"}},
 		debiantest.Package{Name: "dash", Version: "0.5", Fields: map[string]string{"Depends": "libc6, tool-minimal, libunneeded"}, Files: map[string]string{
 			"bin/dash": program(true, "libc.so.6"), "usr/share/man/man1/dash.1": "manual", "usr/share/doc/dash/copyright": copyright,
+		}},
+		debiantest.Package{Name: "systemd-boot-efi", Version: "257", Files: map[string]string{"usr/lib/systemd/boot/efi/linuxx64.efi.stub": string(mediatest.Stub()), "usr/share/doc/systemd-boot-efi/copyright": copyright}},
+		debiantest.Package{Name: "syslinux", Version: "6.04", Files: map[string]string{"usr/bin/syslinux": string(mediatest.Installer(64))}},
+		debiantest.Package{Name: "syslinux-common", Version: "6.04", Arch: "all", Files: map[string]string{
+			"usr/lib/syslinux/mbr/gptmbr.bin": strings.Repeat("g", 440), "usr/lib/syslinux/modules/bios/ldlinux.c32": "module",
+		}},
+		debiantest.Package{Name: "isolinux", Version: "6.04", Arch: "all", Files: map[string]string{
+			"usr/lib/ISOLINUX/isolinux.bin": string(mediatest.ISOLINUX()), "usr/lib/ISOLINUX/isohdpfx.bin": strings.Repeat("h", 432),
 		}},
 		debiantest.Package{Name: "tool-minimal", Version: "1", Files: map[string]string{"usr/bin/tool": "#!/bin/sh\n"}},
 	)
@@ -432,7 +441,31 @@ func TestRefusals(t *testing.T) {
 	}{
 		{"386", func(_ *world, o *Options) { o.Arch = "386" }, fault.Usage, "amd64 only", false},
 		{"unknown arch", func(_ *world, o *Options) { o.Arch = "vax" }, fault.Usage, "there are amd64 and 386", false},
-		{"unknown output", func(_ *world, o *Options) { o.Outputs = []string{"pxe", "iso"} }, fault.Usage, "makes: pxe", false},
+		{"unknown output", func(_ *world, o *Options) { o.Outputs = []string{"pxe", "floppy"} }, fault.Usage, "--outputs floppy: this version of mosimg makes: pxe", false},
+		{"head without CA", func(_ *world, o *Options) { o.Outputs, o.Head = []string{"uki"}, "https://10.0.0.1:4660" }, fault.Usage, "belong together", false},
+		{"head without media", func(_ *world, o *Options) { o.Head, o.CA = "https://10.0.0.1:4660", testPin }, fault.Usage, "--outputs uki", false},
+		{"head in clear", func(_ *world, o *Options) {
+			o.Outputs, o.Head, o.CA = []string{"uki"}, "http://10.0.0.1:4660", testPin
+		}, fault.Usage, "https://ADDRESS:PORT", false},
+		{"CA is no pin", func(_ *world, o *Options) {
+			o.Outputs, o.Head, o.CA = []string{"uki"}, "https://10.0.0.1:4660", "sha256:12"
+		}, fault.Usage, "64-HEX-DIGITS", false},
+		{"stub of another kind", func(w *world, o *Options) {
+			o.Outputs = []string{"iso"}
+			w.replace("systemd-boot-efi", map[string]string{"usr/lib/systemd/boot/efi/linuxx64.efi.stub": "MZ"})
+		}, fault.Environment, "read the stub", false},
+		{"syslinux of another kind", func(w *world, o *Options) {
+			o.Outputs = []string{"disk"}
+			w.replace("syslinux", map[string]string{"usr/bin/syslinux": "ELF"})
+		}, fault.Environment, "no ldlinux.sys", false},
+		{"loader is missing", func(w *world, o *Options) {
+			o.Outputs = []string{"uki"}
+			w.replace("isolinux", map[string]string{"usr/lib/ISOLINUX/isolinux.bin": "x"})
+		}, fault.Internal, "isohdpfx.bin", false},
+		{"command line is too long", func(w *world, o *Options) {
+			o.Outputs = []string{"uki"}
+			w.profile.Kernel.Args = []string{strings.Repeat("x", 2048)}
+		}, fault.Usage, "a kernel takes 2047", false},
 		{"no checkout", func(w *world, o *Options) { o.Source = w.cache }, fault.Usage, "--source", false},
 		{"checkout is gone", func(_ *world, o *Options) { o.Source = "/nonexistent" }, fault.Usage, "no such folder", false},
 		{"program does not compile", func(w *world, _ *Options) { w.write("cmd/mosagent/main.go", "package main\n\nfunc main() { no }\n") }, fault.Environment, "undefined: no", false},
@@ -485,6 +518,13 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// replace publishes a newer version of a package.
+func (w *world) replace(name string, files map[string]string) {
+	w.t.Helper()
+	w.archive.Add("trixie", debiantest.Package{Name: name, Version: "999", Files: files})
+	w.publish()
+}
+
 // kernel publishes a newer kernel package with this as its kernel.
 func (w *world) kernel(image string) {
 	w.t.Helper()
@@ -504,6 +544,7 @@ func TestInterruptionAtEveryMoment(t *testing.T) {
 		w.write("cmd/mosagent/main.go", fmt.Sprintf("package main\n\nfunc main() { println(%d) }\n", n))
 		ctx, cancel := context.WithCancel(t.Context())
 		o := w.options()
+		o.Outputs = Outputs
 		seen := 0
 		o.Report = func(steps.Event) {
 			if seen++; seen == n {

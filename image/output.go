@@ -106,7 +106,7 @@ func (o *output) replaceable() error {
 			ours[f.Name] = true
 		}
 	} else { // of another version, or damaged: its usual names
-		for _, name := range []string{imageset.Kernel, imageset.Initramfs, imageset.HeadArchive} {
+		for _, name := range []string{imageset.Kernel, imageset.Initramfs, imageset.HeadArchive, imageset.UKI, imageset.Disk, imageset.ISO, imageset.QCOW2} {
 			ours[name] = true
 		}
 		loaders, _ := filepath.Glob(filepath.Join(o.dir, imageset.BootDir, "*"))

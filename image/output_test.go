@@ -1,6 +1,7 @@
 package image
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -195,16 +196,27 @@ func tmpfs(t *testing.T, flags uintptr, options string) string {
 // and nothing half-written stays.
 func TestFullDisk(t *testing.T) {
 	w := newWorld(t)
+	room := int64(256 << 10)
+	for _, f := range w.mustBuild().Manifest.Files {
+		room += f.Size
+	}
 	for name, change := range map[string]func(o *Options, small string){
 		"output": func(o *Options, small string) { o.Out = filepath.Join(small, "out") },
-		"cache":  func(o *Options, small string) { o.Cache = filepath.Join(small, "cache") },
+		"output of media": func(o *Options, small string) {
+			o.Out, o.Outputs = filepath.Join(small, "out"), []string{"disk"}
+		},
+		"cache": func(o *Options, small string) { o.Cache = filepath.Join(small, "cache") },
 	} {
-		small := tmpfs(t, 0, "size=64k")
+		size := "size=64k"
+		if name == "output of media" {
+			size = fmt.Sprint("size=", room) // enough for the set, not for a disk
+		}
+		small := tmpfs(t, 0, size)
 		_, err := w.build(func(o *Options) { change(o, small) })
 		if fault.KindOf(err) != fault.Environment || !strings.Contains(err.Error(), "no space left on device") || !strings.Contains(err.Error(), "a build needs about") {
 			t.Errorf("%s on a full disk: %v", name, err)
 		}
-		if name == "output" {
+		if name != "cache" {
 			if left, err := os.ReadDir(small); err != nil || len(left) != 0 {
 				t.Errorf("left on the full disk: %v, %v", left, err)
 			}

@@ -41,6 +41,7 @@ const (
 	stepKernel    = "kernel"
 	stepCRIU      = "criu"
 	stepBoot      = "boot loaders"
+	stepLoaders   = "media loaders"
 	stepBase      = "base"
 	stepUtilities = "utilities"
 	stepAgent     = "agent"
@@ -54,7 +55,7 @@ func (b *builder) parts() ([]*steps.Step, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []*steps.Step{
+	list := []*steps.Step{
 		b.kernelStep(),
 		b.criuStep(),
 		b.bootStep(),
@@ -63,7 +64,15 @@ func (b *builder) parts() ([]*steps.Step, error) {
 		b.programStep(stepAgent, agentProgram, "usr/bin/mosagent", b.Profile.Tools, s.agent),
 		b.userlandStep(),
 		b.programStep(stepTool, toolProgram, "usr/bin/mosimg", nil, s.tool),
-	}, nil
+	}
+	if b.hasMedia() {
+		loaders, err := b.loadersStep()
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, loaders)
+	}
+	return list, nil
 }
 
 // sources are what the programs of the image are made from.

@@ -12,6 +12,7 @@ import (
 	"mosimg/image/debian"
 	"mosimg/image/profile"
 	"mosimg/image/steps"
+	"mosimg/internal/fault"
 )
 
 // lock is the exact packages of one build.
@@ -25,6 +26,9 @@ type lock struct {
 	// HeadWhole counts the packages at the beginning of Head that are
 	// taken whole.
 	HeadWhole int
+	// Loaders are those of the boot media, as far as the suite has them:
+	// most builds make none.
+	Loaders []*debian.Package
 }
 
 const lockName = "packages.json"
@@ -102,6 +106,14 @@ func pick(index *debian.Index, p *profile.Profile) (*lock, error) {
 	if l.Boot, err = index.Get(p.Boot.Package); err != nil {
 		return nil, err
 	}
+	for _, name := range loaderPackages() {
+		p, err := index.Get(name)
+		if err == nil {
+			l.Loaders = append(l.Loaders, p)
+		} else if fault.KindOf(err) != fault.NotFound {
+			return nil, err
+		}
+	}
 	if l.CRIU, err = index.Closure([]string{p.CRIU.Package}, nil); err != nil {
 		return nil, err
 	}
@@ -142,6 +154,7 @@ func pickKernel(index *debian.Index, name string) (*debian.Package, error) {
 
 func (l *lock) all() []*debian.Package {
 	list := append([]*debian.Package{l.Kernel, l.Boot}, l.CRIU...)
+	list = append(list, l.Loaders...)
 	return append(list, l.Head...)
 }
 

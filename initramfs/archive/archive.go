@@ -138,12 +138,16 @@ func (e *Entry) equal(o *Entry) bool {
 }
 
 // AddCPIO adds the folders, files and symbolic links of a cpio archive. f must
-// stay open until the tree is written.
+// stay open until the tree is written. Of the modes only whether the owner may
+// run a file is taken: the rest is the umask of whoever built it.
 func (t *Tree) AddCPIO(f io.ReaderAt) error {
 	records := 0
 	err := cpio.ForEachRecord(cpio.Newc.Reader(f), func(r cpio.Record) error {
 		records++
-		perm := fs.FileMode(r.Mode & 0o777)
+		perm := fs.FileMode(0o755)
+		if r.Mode&(cpio.S_IFMT|0o100) == cpio.S_IFREG {
+			perm = 0o644
+		}
 		switch r.Mode & cpio.S_IFMT {
 		case cpio.S_IFDIR:
 			t.Dir(r.Name, perm)

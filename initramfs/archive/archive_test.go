@@ -146,6 +146,20 @@ func TestAddCPIO(t *testing.T) {
 	if diff := cmp.Diff(list(t, write(t, plain)), list(t, write(t, copied))); diff != "" {
 		t.Errorf("copy (-want +got):\n%s", diff)
 	}
+	// What was built under another umask must give the same image.
+	strict := &Tree{}
+	strict.Dir("bbin", 0o700)
+	strict.File("bbin/bb", 0o700, []byte("busybox"))
+	strict.File("etc/motd", 0o600, []byte("hello"))
+	strict.Symlink("bbin/ls", "bb")
+	plain.File("etc/motd", 0o644, []byte("hello"))
+	again := &Tree{}
+	if err := again.AddCPIO(bytes.NewReader(write(t, strict))); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(write(t, plain), write(t, again)) {
+		t.Errorf("modes of another umask (-want +got):\n%s", cmp.Diff(list(t, write(t, plain)), list(t, write(t, again))))
+	}
 	for _, garbage := range []string{"", "short", strings.Repeat("garbage that is no archive", 20)} {
 		if err := copied.AddCPIO(strings.NewReader(garbage)); err == nil {
 			t.Errorf("AddCPIO took %.10q", garbage)

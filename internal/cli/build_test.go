@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"encoding/pem"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +11,7 @@ import (
 
 	"mosimg/image/steps"
 	"mosimg/internal/fault"
+	"mosimg/internal/identity"
 )
 
 // runBuild runs "mosimg build" as a user does.
@@ -40,7 +42,10 @@ func TestBuildRefuses(t *testing.T) {
 		{[]string{"--profile", profile}, fault.Usage, `line 1: arch: "vax"`},
 		{[]string{"--arch", "386"}, fault.Usage, "amd64 only"},
 		{[]string{"--arch", "vax"}, fault.Usage, "amd64 and 386"},
-		{[]string{"--outputs", "pxe,iso"}, fault.Usage, "makes: pxe"},
+		{[]string{"--outputs", "pxe,floppy"}, fault.Usage, "makes: pxe, uki, disk, iso, qcow2"},
+		{[]string{"--outputs", "iso", "--head", "https://10.0.0.1:4660"}, fault.Usage, "belong together"},
+		{[]string{"--ca", "/nonexistent"}, fault.Usage, "no such file"},
+		{[]string{"--ca", profile}, fault.Usage, "no certificate in PEM form"},
 		{[]string{"-o", profile}, fault.Environment, "it is a file"},
 		{[]string{"-o", dir}, fault.Environment, "not an image set"},
 		{[]string{"-o", profile + "/x"}, fault.Environment, "prepare output folder"},
@@ -62,6 +67,24 @@ func TestBuildRefuses(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "new")); err == nil {
 		t.Error("a refused build left a folder")
+	}
+}
+
+// --ca takes the file that a head's operator has, and the pin that its nodes show.
+func TestPinOf(t *testing.T) {
+	ca, err := identity.NewCA("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Cert.Raw}), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	want := identity.Pin(ca.Cert)
+	for _, given := range []string{name, want} {
+		if got, err := pinOf(given); err != nil || got != want {
+			t.Errorf("pinOf(%s) = %s, %v; want %s", given, got, err, want)
+		}
 	}
 }
 

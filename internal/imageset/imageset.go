@@ -6,6 +6,7 @@
 //	DIR/initramfs
 //	DIR/boot/{undionly.kpxe,ipxe.pxe,snponly.efi,ipxe.efi}
 //	DIR/head.cpio
+//	DIR/mosimg.{efi,img,iso,qcow2}     when they were asked for
 //
 // A store of sets is a folder with one set per sub-folder, named by its id,
 // and a link current-ARCH for each architecture that names the served one.
@@ -36,7 +37,22 @@ const (
 	Initramfs    = "initramfs"
 	HeadArchive  = "head.cpio"
 	BootDir      = "boot"
+	// What machines boot that do not boot from the network.
+	UKI   = "mosimg.efi"
+	Disk  = "mosimg.img"
+	ISO   = "mosimg.iso"
+	QCOW2 = "mosimg.qcow2"
 )
+
+// Served says whether a file of a set is what a head serves to nodes: all but
+// the head archive and the boot media, which hold the rest of the set.
+func Served(name string) bool {
+	switch name {
+	case HeadArchive, UKI, Disk, ISO, QCOW2:
+		return false
+	}
+	return true
+}
 
 // Format is the version of the manifest; another one is refused.
 const Format = 1
@@ -96,15 +112,15 @@ type Part struct {
 }
 
 // ComputeID names a set by content: SHA-256 over what a node boots (kernel,
-// initramfs, boot loaders, kernel arguments), as 64 hex digits. The head
-// archive is left out because it contains the set.
+// initramfs, boot loaders, kernel arguments), as 64 hex digits. What is made
+// of these is left out: the head archive and the boot media contain the set.
 func (m *Manifest) ComputeID() string {
 	h := sha256.New()
 	files := append([]File(nil), m.Files...)
 	sort.Slice(files, func(i, j int) bool { return files[i].Name < files[j].Name })
 	fmt.Fprintf(h, "mosimg image set %d\narch %s\n", Format, m.Arch)
 	for _, f := range files {
-		if f.Name != HeadArchive {
+		if Served(f.Name) {
 			fmt.Fprintf(h, "file %s %s\n", f.SHA256, f.Name)
 		}
 	}
@@ -124,13 +140,13 @@ func (m *Manifest) File(name string) (File, bool) {
 	return File{}, false
 }
 
-// WithoutHead is the manifest of the same set without its head archive: what
-// is inside the head archive and on a head.
+// WithoutHead is the manifest of the same set without its head archive and
+// boot media: what is inside the head archive and on a head.
 func (m *Manifest) WithoutHead() *Manifest {
 	c := *m
 	c.Files = nil
 	for _, f := range m.Files {
-		if f.Name != HeadArchive {
+		if Served(f.Name) {
 			c.Files = append(c.Files, f)
 		}
 	}

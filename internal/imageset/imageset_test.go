@@ -74,6 +74,16 @@ func TestIDIsThatOfWhatANodeBoots(t *testing.T) {
 	if c.ComputeID() == a.ID {
 		t.Error("kernel arguments are not part of the id")
 	}
+	for _, name := range []string{UKI, Disk, ISO, QCOW2} {
+		m := writeSet(t, t.TempDir(), "kernel")
+		m.Files = append(m.Files, File{Name: name, Size: 1, SHA256: strings.Repeat("0", 64)})
+		if m.ComputeID() != m.ID {
+			t.Errorf("the id depends on %s, which is made of the set", name)
+		}
+		if _, ok := m.WithoutHead().File(name); ok {
+			t.Errorf("a head would look for %s", name)
+		}
+	}
 }
 
 func TestParseManifestRefusesPathsOutsideTheSet(t *testing.T) {

@@ -239,7 +239,7 @@ func openSet(is *imageset.Set) (*Set, error) {
 	set := &Set{Manifest: is.Manifest, files: map[string]*File{}}
 	var l fault.List
 	for _, mf := range is.Manifest.Files {
-		if mf.Name == imageset.HeadArchive {
+		if !imageset.Served(mf.Name) {
 			continue // has no place on the network
 		}
 		f, err := openFile(is.Path(mf.Name), mf)

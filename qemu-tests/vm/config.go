@@ -38,8 +38,27 @@ func ParseFirmware(s string) (Firmware, error) {
 	return "", fmt.Errorf("no firmware %q; there are bios and uefi", s)
 }
 
-// Config is one machine. A machine with a Kernel boots it directly, one
-// without boots from the network.
+// Medium is what a boot image is put into a machine as.
+type Medium string
+
+const (
+	// HardDisk is a disk on the machine's SATA controller.
+	HardDisk Medium = "disk"
+	// CD is a disc in a drive on the same controller.
+	CD Medium = "cd"
+	// Stick is a USB stick.
+	Stick Medium = "stick"
+)
+
+// bootDevices are QEMU's devices for the media. The image is never written.
+var bootDevices = map[Medium][]string{
+	HardDisk: {"-device", "ide-hd,drive=boot0,bootindex=1"},
+	CD:       {"-device", "ide-cd,drive=boot0,bootindex=1"},
+	Stick:    {"-device", "qemu-xhci", "-device", "usb-storage,drive=boot0,bootindex=1"},
+}
+
+// Config is one machine. A machine with a Kernel boots it directly, one with
+// an Image boots that, and one with neither boots from the network.
 type Config struct {
 	Name     string   // letters, digits, dashes; names its files
 	MAC      string   // of its only network card
@@ -51,6 +70,9 @@ type Config struct {
 	Kernel string // file, or "" to boot from the network
 	Initrd string // file, with a Kernel
 	Append string // kernel command line, with a Kernel
+
+	Image  string // raw image file to boot, "" is none
+	Medium Medium // of an Image
 
 	Disk    string // raw image file, "" is no disk
 	LabPort bool   // give it the port of package labport
@@ -116,6 +138,9 @@ func (c Config) Validate() error {
 	if c.Kernel == "" && (c.Initrd != "" || c.Append != "") {
 		l.Add(errors.New("an initrd or kernel arguments without a kernel"))
 	}
+	if (c.Image != "") != (bootDevices[c.Medium] != nil) || c.Image != "" && c.Kernel != "" {
+		l.Addf("image %q as medium %q: an image needs one of %s, %s and %s, and no kernel", c.Image, c.Medium, HardDisk, CD, Stick)
+	}
 	if !filepath.IsAbs(c.Dir) || !filepath.IsAbs(c.SocketDir) {
 		l.Addf("folders %q and %q must be absolute", c.Dir, c.SocketDir)
 	}
@@ -124,6 +149,8 @@ func (c Config) Validate() error {
 	}
 	return l.Err(fault.Usage, "check machine", c.Name, "")
 }
+
+func (c Config) networkBoot() bool { return c.Kernel == "" && c.Image == "" }
 
 func (c Config) firmware() Firmware {
 	if c.Firmware == "" {
@@ -161,7 +188,7 @@ func (c Config) Argv(h Host) []string {
 	if romName(c) == "" {
 		nic += ",romfile="
 	}
-	if c.Kernel == "" {
+	if c.networkBoot() {
 		// A machine that finds no server tries again, as a PC does
 		// whose owner presses the button.
 		nic += ",bootindex=1"
@@ -181,6 +208,14 @@ func (c Config) Argv(h Host) []string {
 		if c.Append != "" {
 			a = append(a, "-append", c.Append)
 		}
+	}
+	if c.Image != "" {
+		access := "snapshot=on"
+		if c.Medium == CD {
+			access = "readonly=on"
+		}
+		a = append(a, "-drive", "if=none,id=boot0,format=raw,"+access+",file="+comma(c.Image))
+		a = append(a, bootDevices[c.Medium]...)
 	}
 	if c.Disk != "" {
 		a = append(a,

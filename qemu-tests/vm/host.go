@@ -100,10 +100,10 @@ func FindHost(machines []Config) (Host, error) {
 	return h, missing.Err(fault.Environment, "find", "the lab's programs", "apt-get install "+strings.Join(packages, " "))
 }
 
-// romName is the option ROM that a machine needs; "" is none. A directly
-// booted kernel needs none, and OVMF has a virtio driver of its own.
+// romName is the option ROM that a machine needs; "" is none. Only a boot from
+// the network needs one, and OVMF has a virtio driver of its own.
 func romName(c Config) string {
-	if c.Kernel != "" || (c.firmware() == UEFI && c.nic() == "virtio-net-pci") {
+	if !c.networkBoot() || (c.firmware() == UEFI && c.nic() == "virtio-net-pci") {
 		return ""
 	}
 	return romNames[c.nic()]

@@ -31,13 +31,15 @@ func TestArgv(t *testing.T) {
 	uefi.Firmware = UEFI
 	e1000 := uefi
 	e1000.NIC, e1000.CPUs = "e1000", 2
+	stick := uefi
+	stick.Image, stick.Medium = "/o/mosimg.img", Stick
 	head := Config{Name: "head", MAC: "52:54:00:77:00:fe", MemoryMB: 768, Kernel: "/o/vmlinuz", Initrd: "/l/head.initrd",
 		Append: "console=ttyS0 mosimg.role=head", Disk: "/l/with,comma.img", LabPort: true, Dir: "/l", SocketDir: "/l/s"}
 	for _, c := range []struct {
 		name string
 		host Host
 		cfg  Config
-	}{{"bios", tcg, node}, {"uefi", tcg, uefi}, {"uefi-e1000-kvm", kvm, e1000}, {"head", tcg, head}} {
+	}{{"bios", tcg, node}, {"uefi", tcg, uefi}, {"uefi-e1000-kvm", kvm, e1000}, {"stick", tcg, stick}, {"head", tcg, head}} {
 		t.Run(c.name, func(t *testing.T) {
 			if err := c.cfg.Validate(); err != nil {
 				t.Error(err)
@@ -68,11 +70,11 @@ func golden(t *testing.T, name, got string) {
 }
 
 func TestValidateTellsAllFaults(t *testing.T) {
-	err := Config{Name: "a b", MAC: "x", Firmware: "coreboot", NIC: "wifi", Append: "quiet", Dir: "rel"}.Validate()
+	err := Config{Name: "a b", MAC: "x", Firmware: "coreboot", NIC: "wifi", Append: "quiet", Image: "x", Medium: "tape", Dir: "rel"}.Validate()
 	if fault.KindOf(err) != fault.Usage {
 		t.Fatalf("Validate = %v; want a usage fault", err)
 	}
-	for _, word := range []string{`"a b"`, "MAC", "memory of 0", "coreboot", "wifi", "without a kernel", "absolute"} {
+	for _, word := range []string{`"a b"`, "MAC", "memory of 0", "coreboot", "wifi", "without a kernel", "tape", "absolute"} {
 		if !strings.Contains(err.Error(), word) {
 			t.Errorf("Validate does not mention %s:\n%v", word, err)
 		}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -62,6 +63,11 @@ func New(dir string) (*Archive, error) {
 // Add puts packages into a suite. Publish makes them visible.
 func (a *Archive) Add(suite string, packages ...Package) {
 	a.suites[suite] = append(a.suites[suite], packages...)
+}
+
+// Remove takes a package out of a suite, once Publish is called.
+func (a *Archive) Remove(suite, name string) {
+	a.suites[suite] = slices.DeleteFunc(a.suites[suite], func(p Package) bool { return p.Name == name })
 }
 
 // Pool is where the .deb of a package lies under Root.
