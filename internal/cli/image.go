@@ -84,7 +84,7 @@ type imageRow struct {
 	Current bool              `json:"current"`
 	Profile string            `json:"profile"`
 	Kernel  string            `json:"kernel_release"`
-	Served  []imageset.Served `json:"served"` // when it became the current one
+	Served  []imageset.Serving `json:"served"` // when it became the current one
 }
 
 func newImageLsCmd(env *Env, store *string) *cobra.Command {
@@ -130,7 +130,7 @@ func imageRows(store imageset.Store) ([]imageRow, error) {
 	rows := []imageRow{}
 	for _, set := range sets {
 		m := set.Manifest
-		r := imageRow{ID: m.ID, Arch: m.Arch, Current: store.Current(m.Arch) == m.ID, Profile: m.Profile, Kernel: m.KernelRelease, Served: []imageset.Served{}}
+		r := imageRow{ID: m.ID, Arch: m.Arch, Current: store.Current(m.Arch) == m.ID, Profile: m.Profile, Kernel: m.KernelRelease, Served: []imageset.Serving{}}
 		past, err := store.History(m.Arch)
 		if err != nil {
 			return nil, err

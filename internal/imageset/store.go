@@ -38,8 +38,8 @@ const maxHistory = 200
 // incoming begins the name of a folder that a set is being copied into.
 const incoming = ".incoming-"
 
-// Served is one line of the history.
-type Served struct {
+// Serving is one line of the history.
+type Serving struct {
 	Since time.Time `json:"since"`
 	ID    string    `json:"id"`
 }
@@ -151,9 +151,9 @@ func (s Store) serve(m *Manifest) error {
 		return nil // as it is
 	}
 	if st, err := os.Lstat(link); err == nil && validID(now) && now != last {
-		past = append(past, Served{st.ModTime(), now}) // somebody set the link by hand
+		past = append(past, Serving{st.ModTime(), now}) // somebody set the link by hand
 	}
-	past = append(past, Served{time.Now(), m.ID})
+	past = append(past, Serving{time.Now(), m.ID})
 	// The record first: a link without its line would make a rollback
 	// skip a set; a line without its link is put right by the next change.
 	var b strings.Builder
@@ -176,7 +176,7 @@ func (s Store) serve(m *Manifest) error {
 
 // History is what was served for arch, oldest first. A store that was filled
 // by hand has none.
-func (s Store) History(arch string) ([]Served, error) {
+func (s Store) History(arch string) ([]Serving, error) {
 	f, err := os.Open(filepath.Join(s.Dir, historyFile(arch)))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -185,12 +185,12 @@ func (s Store) History(arch string) ([]Served, error) {
 		return nil, err
 	}
 	defer f.Close()
-	var all []Served
+	var all []Serving
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
 		when, id, _ := strings.Cut(lines.Text(), " ")
 		if t, err := time.Parse(time.RFC3339, when); err == nil && validID(id) {
-			all = append(all, Served{t, id})
+			all = append(all, Serving{t, id})
 		}
 	}
 	return all, lines.Err()
