@@ -17,10 +17,20 @@ import (
 // survives the agent but not the machine.
 type Journal[T any] struct{ dir string }
 
-// OpenJournal makes the folder.
+// OpenJournal makes the folder, or removes from it what an agent has left that was
+// killed while it wrote. Only one process may have it open.
 func OpenJournal[T any](dir string) (*Journal[T], error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
+	}
+	unfinished, err := filepath.Glob(filepath.Join(dir, ".*"+journalSuffix+".*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range unfinished {
+		if err := os.Remove(name); err != nil {
+			return nil, err
+		}
 	}
 	return &Journal[T]{dir: dir}, nil
 }
@@ -72,9 +82,6 @@ func (j *Journal[T]) All() (map[string]T, error) {
 	all := make(map[string]T)
 	for _, name := range names {
 		key := strings.TrimSuffix(filepath.Base(name), journalSuffix)
-		if strings.HasPrefix(key, ".") {
-			continue // the unfinished write of a crash
-		}
 		data, err := os.ReadFile(name)
 		if err != nil {
 			return nil, err

@@ -79,11 +79,11 @@ func newImageRollbackCmd(env *Env, store *string) *cobra.Command {
 
 // imageRow is one set of a store.
 type imageRow struct {
-	ID      string            `json:"id"`
-	Arch    string            `json:"arch"`
-	Current bool              `json:"current"`
-	Profile string            `json:"profile"`
-	Kernel  string            `json:"kernel_release"`
+	ID      string             `json:"id"`
+	Arch    string             `json:"arch"`
+	Current bool               `json:"current"`
+	Profile string             `json:"profile"`
+	Kernel  string             `json:"kernel_release"`
 	Served  []imageset.Serving `json:"served"` // when it became the current one
 }
 

@@ -177,14 +177,13 @@ func TestNodeActions(t *testing.T) {
 
 func TestHeadRefusals(t *testing.T) {
 	for args, want := range map[string]string{
-		"--dhcp proxy":                  "later version",
-		"--dhcp maybe":                  "auto, server or off",
+		"--dhcp maybe":                  "auto, server, proxy or off",
 		"--http-port 99999":             "1 to 65535",
 		"--adopt -5m":                   "not negative",
 		"--config /nonexistent.yaml":    "nonexistent.yaml",
 		"--interface none9":             "there is no such interface",
 		"extra":                         "extra",
-		"--http-port 4660 --dhcp proxy": "2 faults",
+		"--http-port 4660 --dhcp maybe": "2 faults",
 	} {
 		status, _, errs := mosimg(t, append([]string{"head", "--state", "/nonexistent/state"}, strings.Fields(args)...)...)
 		if status != int(fault.Usage) || !strings.Contains(errs, want) {
