@@ -20,7 +20,7 @@ import (
 	"mosimg/internal/identity"
 )
 
-func pair(t *testing.T) (a, b net.Conn) {
+func pair(t testing.TB) (a, b net.Conn) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -37,7 +37,7 @@ func pair(t *testing.T) (a, b net.Conn) {
 	return a, b
 }
 
-func newIdentity(t *testing.T) *direct.Identity {
+func newIdentity(t testing.TB) *direct.Identity {
 	t.Helper()
 	i, err := direct.New()
 	if err != nil {
