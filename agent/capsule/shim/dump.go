@@ -229,25 +229,39 @@ func (s *shim) inTree(leader int) (pids []int, err error) {
 		if pids, err = s.job.Procs(); err != nil {
 			return nil, err
 		}
-		parents := make(map[int]int)
-		for _, pid := range pids {
-			if parents[pid], err = parentOf(pid); err != nil {
-				break
-			}
-		}
+		var parents map[int]int
+		parents, err = ancestry(pids, leader)
 		switch {
 		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH):
 			continue
 		case err != nil:
 			return nil, err
 		}
-		stray := strayIn(parents, leader)
+		stray := strayIn(pids, parents, leader)
 		if stray < 0 {
 			return pids, nil
 		}
 		err = fmt.Errorf("process %d (%s) is in the job's group, but not in its tree", stray, nameOf(stray))
 	}
 	return nil, err
+}
+
+// ancestry is the parent of each of pids, and of each process between them and
+// the leader: one that is about to be gone is no longer in its group's list, but still has its
+// children.
+func ancestry(pids []int, leader int) (parents map[int]int, err error) {
+	parents = make(map[int]int)
+	for _, pid := range pids {
+		for p := pid; p > 1 && p != leader; p = parents[p] {
+			if _, seen := parents[p]; seen {
+				break
+			}
+			if parents[p], err = parentOf(p); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return parents, nil
 }
 
 // threadsOf lists the threads of processes, themselves among them.
@@ -268,9 +282,9 @@ func threadsOf(pids []int) (tids []int, err error) {
 	return tids, nil
 }
 
-// strayIn is a process that does not descend from leader, or -1.
-func strayIn(parents map[int]int, leader int) int {
-	for pid := range parents {
+// strayIn is one of pids that does not descend from leader, or -1.
+func strayIn(pids []int, parents map[int]int, leader int) int {
+	for _, pid := range pids {
 		p := pid
 		for range len(parents) {
 			if p == leader {

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,18 +15,45 @@ import (
 
 func TestStrayIn(t *testing.T) {
 	for name, tt := range map[string]struct {
+		pids    []int
 		parents map[int]int
 		want    int
 	}{
-		"tree":            {map[int]int{1000: 1, 1001: 1000, 1002: 1001}, -1},
-		"fell to shim":    {map[int]int{1000: 1, 1001: 1000, 1005: 1}, 1005},
-		"leader missing":  {map[int]int{1001: 1}, 1001},
-		"circle":          {map[int]int{1000: 1, 7: 8, 8: 7}, 7},
-		"parent is alien": {map[int]int{1000: 1, 1004: 77}, 1004},
+		"tree":                 {[]int{1000, 1001, 1002}, map[int]int{1001: 1000, 1002: 1001}, -1},
+		"parent about to exit": {[]int{1000, 1002}, map[int]int{1001: 1000, 1002: 1001}, -1},
+		"fell to shim":         {[]int{1000, 1001, 1005}, map[int]int{1001: 1000, 1005: 1}, 1005},
+		"leader missing":       {[]int{1001}, map[int]int{1001: 1}, 1001},
+		"circle":               {[]int{7, 8, 1000}, map[int]int{8: 7, 7: 8}, 7},
+		"parent is alien":      {[]int{1000, 1004}, map[int]int{1004: 77, 77: 1}, 1004},
 	} {
-		if got := strayIn(tt.parents, 1000); got != tt.want && (tt.want != 7 || got != 8) {
+		if got := strayIn(tt.pids, tt.parents, 1000); got != tt.want {
 			t.Errorf("%s: strayIn = %d; want %d", name, got, tt.want)
 		}
+	}
+}
+
+// A process that is exiting is not in its group's list any more, but its child has it as parent
+// until it is gone: the child is no stray.
+func TestAncestryOfAnOrphanToBe(t *testing.T) {
+	child := exec.Command("sleep", "60")
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		child.Process.Kill()
+		child.Wait()
+	}()
+	grand := os.Getppid() // this process is the one in between, and not listed
+	pids := []int{grand, child.Process.Pid}
+	parents, err := ancestry(pids, grand)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := strayIn(pids, parents, grand); got != -1 {
+		t.Errorf("strayIn(%v, %v) = %d; want none", pids, parents, got)
+	}
+	if got := strayIn(pids, parents, child.Process.Pid+1); got == -1 {
+		t.Error("no stray below a leader that is none of their ancestors")
 	}
 }
 
